@@ -1,0 +1,22 @@
+"""Array libraries, precision, memory, matrix products and random streams: all that operations stand on."""
+
+from lora.backend.arrays import Array, array_module, to_host
+from lora.backend.dtypes import accumulation_dtype, bfloat16, compute_dtype, wide
+from lora.backend.gemm import linear, linear_transpose, matmul
+from lora.backend.memory import empty
+from lora.backend.random_streams import named_stream
+
+__all__ = [
+    "Array",
+    "accumulation_dtype",
+    "array_module",
+    "bfloat16",
+    "compute_dtype",
+    "empty",
+    "linear",
+    "linear_transpose",
+    "matmul",
+    "named_stream",
+    "to_host",
+    "wide",
+]

@@ -1,0 +1,1 @@
+"""Operations: one file each, forward beside backward, simple enough to be read as the definition."""

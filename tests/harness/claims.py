@@ -1,0 +1,63 @@
+"""Ties tests to the claims of contracts, and proves that a test can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.strategies import SearchStrategy
+
+from lora.contracts import Contract
+
+Check = Callable[[Any, Any], None]  # (the implementation under test, one drawn case)
+
+
+def claim(claim_id: str) -> pytest.MarkDecorator:
+    """Mark a test as an attempt to falsify the claim `claim_id` of a contract."""
+    return pytest.mark.claim(claim_id)
+
+
+def claimed(checks: Mapping[str, Check]) -> list[Any]:
+    """Return the parameters (claim id, check), each marked with its claim."""
+    return [pytest.param(check, id=claim_id, marks=claim(claim_id)) for claim_id, check in checks.items()]
+
+
+def planted(contract: Contract, checks: Mapping[str, Check], mutants: Mapping[str, Any]) -> list[Any]:
+    """Return the parameters (check, mutant) of every planted bug that `contract` says a claim kills.
+
+    A bug without a mutant, or a mutant that no claim names, is an error.
+    """
+    named = {bug for c in contract.claims for bug in c.kills}
+    if named != mutants.keys():
+        raise ValueError(f"{contract.contract}: kills and mutants differ: {sorted(named ^ mutants.keys())}")
+    return [
+        pytest.param(checks[c.id], mutants[bug], id=f"{c.id}-{bug}")
+        for c in contract.claims
+        for bug in c.kills
+    ]
+
+
+def assert_killed(check: Check, mutant: Any, cases: SearchStrategy[Any]) -> None:
+    """Fail unless some case drawn from `cases` makes `check` reject `mutant`."""
+
+    @settings(
+        max_examples=200,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases)
+    def survives(case: Any) -> None:
+        with np.errstate(all="ignore"):
+            check(mutant, case)
+
+    try:
+        survives()
+    except Exception:  # noqa: BLE001 - any rejection kills the mutant, whatever its type
+        return
+    pytest.fail("the planted bug survived: this claim's test cannot see it")
