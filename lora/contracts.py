@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -55,16 +56,31 @@ class TrainingContract(Contract):
 
 
 @dataclass(frozen=True)
+class Size:
+    """One published size of a family."""
+
+    aliases: tuple[str, ...]
+    hub: str  # the checkpoint that the size's name stands for
+    parameters: int  # exact, tied tensors counted once
+    config: Mapping[str, Any]  # in config.json's own keys
+
+
+@dataclass(frozen=True)
 class FamilyContract(Contract):
     """One model family: shape rules and tensors for any sizes, and the published sizes by name."""
 
+    display: str
     architectures: tuple[str, ...]
     model_types: tuple[str, ...]
-    axes: Mapping[str, str]
-    config: Mapping[str, Any]  # axis or fact -> the config.json key that holds it
-    rules: tuple[Mapping[str, str], ...]  # {rule, says}: arithmetic over axes that must hold
+    parts: Mapping[str, str]
+    axes: Mapping[str, str]  # letter -> key of config.json
     facts: Mapping[str, Any]  # what config.json does not say: conventions of the family's code
-    sizes: Mapping[str, Mapping[str, Any]]
+    fixed: Mapping[str, Any]  # key of config.json -> the only value that is computed
+    defaults: Mapping[str, Any]  # key that a file may lack -> its value, or an expression over axes
+    rules: tuple[Mapping[str, str], ...]  # {rule, says}: arithmetic over axes that must hold
+    sizes: Mapping[str, Size]
+    layouts: Mapping[str, str]  # name of a checkpoint's layout -> what stands for "model." in it
+    skipped: tuple[str, ...]  # prefixes of tensors that are neither read nor checked
     tensors: Mapping[str, Mapping[str, tuple[Any, ...]]]  # group -> {name pattern: shape expressions}
 
 
@@ -86,6 +102,16 @@ def training_contract(stem: str) -> TrainingContract:
 def family_contract(name: str) -> FamilyContract:
     """Return the contract of a model family, from contracts/model-families/<name>.yaml."""
     return _load(FamilyContract, "model-families", f"{name}.yaml")
+
+
+def _sizes(data: Mapping[str, Any], path: Path) -> dict[str, Size]:
+    known = {f.name for f in fields(Size)}
+    for name, size in data.items():
+        if size.keys() != known:
+            raise ContractError(
+                f"{path}: size {name}: expected the keys {sorted(known)}; found {sorted(size)}"
+            )
+    return {name: Size(**{key: _frozen(value) for key, value in size.items()}) for name, size in data.items()}
 
 
 def family_names() -> tuple[str, ...]:
@@ -116,9 +142,12 @@ def _load(record: type[_Record], *parts: str) -> _Record:
     if not isinstance(data, dict) or not required <= data.keys() <= known:
         found = sorted(data) if isinstance(data, dict) else type(data).__name__
         raise ContractError(
-            f"{path}: expected the keys {sorted(required)}, optionally {sorted(known - required)}; found {found}"
+            f"{path}: expected the keys {sorted(required)}, "
+            f"optionally {sorted(known - required)}; found {found}"
         )
     data["claims"] = tuple(Claim(c["id"], c["says"], tuple(c["kills"])) for c in data["claims"])
+    if record is FamilyContract:
+        data["sizes"] = _sizes(data["sizes"], path)
     return record(**{key: _frozen(value) for key, value in data.items()})
 
 
