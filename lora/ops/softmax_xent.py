@@ -1,0 +1,171 @@
+"""The head and its loss in one: logits, softmax and cross-entropy in chunks of rows, with the gradient.
+
+    logits_n = W h_n + bias        loss = Σ_n w_n (log Σ_v exp(logits_nv) - logits_n,target) / normalizer
+
+over the rows whose target is not -100. Those rows alone are read: the others are dropped before the product.
+The logits of a chunk become their own gradient in place, and are gone when the next chunk begins.
+
+Contract: contracts/ops/softmax_xent.yaml. Source: Bridle 1990, "Probabilistic interpretation of feedforward
+classification network outputs", eq. 5; head and loss fused: Hsu et al. 2024, arXiv:2410.10989, section 3.2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lora.backend import Array, accumulation_dtype, array_module, linear, linear_transpose, matmul, wide
+from lora.errors import DataError, ShapeError, UsageError
+
+IGNORED = -100  # the target of a row that counts for nothing, as Transformers writes it
+CHUNK_BYTES = 256 * 2**20  # of logits: about 440 rows of Qwen2.5's vocabulary in float32
+
+
+class Outcome(NamedTuple):
+    """What a step reports."""
+
+    loss: float  # in nats, weighted and divided by the normalizer
+    correct: int  # counted rows whose largest logit is the target's
+
+
+class Grads(NamedTuple):
+    """Zero in the rows that do not count."""
+
+    hidden: Array  # [N, D] dtype of hidden
+    weight: Array | None  # [V, D] accumulation dtype; None where the head is frozen
+    bias: Array | None  # [V] accumulation dtype; None where the head is frozen or has none
+
+
+class Saved(NamedTuple):
+    """The gradients themselves: they fall out of the forward, while the logits are there."""
+
+    grads: Grads | None
+
+
+class _Head(NamedTuple):
+    weight: Array  # [V, D]
+    bias: Array | None  # [V]
+
+
+def forward(
+    hidden: Array,
+    weight: Array,
+    targets: Array,
+    bias: Array | None = None,
+    row_weights: Array | None = None,
+    *,
+    normalizer: float,
+    wants_gradient: bool = True,
+    wants_weight: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[Outcome, Saved]:
+    """Return the loss, the number of correct rows, and what backward hands out.
+
+    Args:
+        hidden: [N, D] input of the head, one row per token or per sequence.
+        weight: [V, D] the head, stored dtype.
+        targets: [N] integers in [0, V), or -100 for a row that does not count.
+        bias: [V] or None.
+        row_weights: [N] weight of each row in the sum, or None for ones.
+        normalizer: divides the sum: the counted rows of the optimizer step, or the sum of their weights.
+        wants_gradient: False in evaluation: one product instead of two.
+        wants_weight: also the gradients of weight and bias, for a head that is trained.
+        chunk_bytes: upper limit of the logits that exist at once, though never less than one row.
+
+    Raises:
+        ShapeError: the arrays do not fit.
+        DataError: a target is outside [0, V), or the normalizer is not positive.
+    """
+    xp = array_module(hidden, weight, targets, bias, row_weights)
+    _check_arguments(hidden, weight, targets, normalizer)
+    head, counted = _Head(weight, bias), xp.flatnonzero(targets != IGNORED)
+    _check_targets(targets[counted], weight.shape[0])
+    grads = _zero_grads(hidden, head, wants_weight) if wants_gradient else None
+    dtype = accumulation_dtype(hidden.dtype)
+    step = max(1, chunk_bytes // (weight.shape[0] * dtype.itemsize))
+    loss, correct = 0.0, 0
+    for start in range(0, counted.size, step):
+        rows = counted[start : start + step]
+        shares = xp.ones(rows.size, dtype) if row_weights is None else row_weights[rows].astype(dtype)
+        shares /= normalizer
+        chunk_loss, chunk_correct = _chunk(hidden, head, rows, targets[rows], shares, grads)
+        loss, correct = loss + chunk_loss, correct + chunk_correct
+    return Outcome(loss, correct), Saved(grads)
+
+
+def backward(saved: Saved) -> Grads:
+    """Return the gradients of the loss.
+
+    Raises:
+        UsageError: the forward was told that none are wanted.
+    """
+    if saved.grads is None:
+        raise UsageError("softmax_xent.forward ran with wants_gradient=False: there is no gradient to return")
+    return saved.grads
+
+
+def _check_arguments(hidden: Array, weight: Array, targets: Array, normalizer: float) -> None:
+    if hidden.shape[1:] != weight.shape[1:] or targets.shape != hidden.shape[:1]:
+        raise ShapeError(
+            "expected hidden [N, D], weight [V, D] and targets [N]; got "
+            f"{list(hidden.shape)}, {list(weight.shape)} and {list(targets.shape)}"
+        )
+    if not normalizer > 0:
+        raise DataError(
+            f"the loss is divided by the counted rows of the step, which must be positive; got {normalizer}"
+        )
+
+
+def _check_targets(targets: Array, classes: int) -> None:
+    # a negative index would read from the end of the row and train the wrong class
+    if targets.size and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
+        raise DataError(
+            f"targets must lie in [0, {classes}) or be {IGNORED}; "
+            f"found {int(targets.min())} to {int(targets.max())}"
+        )
+
+
+def _zero_grads(hidden: Array, head: _Head, wants_weight: bool) -> Grads:
+    xp, dtype = array_module(hidden), accumulation_dtype(hidden.dtype)
+    dweight = xp.zeros(head.weight.shape, dtype) if wants_weight else None
+    dbias = xp.zeros(head.weight.shape[0], dtype) if wants_weight and head.bias is not None else None
+    return Grads(xp.zeros(hidden.shape, hidden.dtype), dweight, dbias)
+
+
+def _chunk(
+    hidden: Array, head: _Head, rows: Array, targets: Array, shares: Array, grads: Grads | None
+) -> tuple[float, int]:
+    """Return the loss and the correct rows of one chunk, and add its gradients to `grads`."""
+    xp, each = array_module(hidden), array_module(hidden).arange(rows.size)
+    inputs = hidden[rows]
+    logits = linear(inputs, head.weight)
+    if head.bias is not None:
+        logits += wide(head.bias)
+    best = logits.argmax(axis=1)
+    logits -= logits[each, best][:, None]
+    of_target = logits[each, targets]
+    odds = xp.exp(logits, out=logits)
+    total = odds.sum(axis=1)
+    loss = float((shares * (xp.log(total) - of_target)).sum(dtype="float64"))
+    if grads is not None:
+        # p - onehot is (odds - total · onehot) / total: the division waits for the narrower arrays
+        odds[each, targets] -= total
+        _add_gradients(grads, rows, inputs, odds, head, shares / total)
+    return loss, int((best == targets).sum())
+
+
+def _add_gradients(
+    grads: Grads, rows: Array, inputs: Array, dlogits: Array, head: _Head, scale: Array
+) -> None:
+    dhidden = linear_transpose(dlogits, head.weight)
+    dhidden *= scale[:, None]
+    grads.hidden[rows] = dhidden.astype(grads.hidden.dtype, copy=False)
+    if grads.bias is not None:
+        grads.bias[...] += matmul(scale, dlogits)
+    if grads.weight is None:
+        return
+    inputs = wide(inputs) * scale[:, None]
+    # blocks of classes: the product for all of them would be a second array of the weight's size
+    step = max(1, grads.hidden.size // inputs.shape[1])
+    for start in range(0, grads.weight.shape[0], step):
+        block = slice(start, start + step)
+        grads.weight[block] += matmul(dlogits[:, block].T, inputs)
