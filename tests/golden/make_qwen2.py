@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 
 import torch
+from cases import Batch, Case, adapters, causal_batch, classifier_batch
 from peft import LoraConfig, TaskType
-from recorder import FOLDER, Batch, Case, causal_batch, classifier_batch, write
+from recorder import FOLDER, write
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 PAD = 3
@@ -53,15 +54,6 @@ def batch(lengths: tuple[int, ...] = LENGTHS, *, seed: int) -> Batch:
 def causal(name: str, config: Qwen2Config, lora: LoraConfig | None, *, seed: int, lengths=LENGTHS) -> Case:
     """A causal case whose weights and batch come from one seed."""
     return Case(f"qwen2_{name}", Qwen2ForCausalLM, config, batch(lengths, seed=seed), lora, seed)
-
-
-def adapters(
-    target_modules: list[str], *, task_type: TaskType = TaskType.CAUSAL_LM, **fields: object
-) -> LoraConfig:
-    """PEFT's LoRA of rank 4 and alpha 6: alpha / r is neither 1 nor a power of two."""
-    return LoraConfig(
-        **({"r": 4, "lora_alpha": 6, "target_modules": target_modules, "task_type": task_type} | fields)
-    )
 
 
 def cases() -> list[Case]:

@@ -11,7 +11,6 @@ import json
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,41 +18,19 @@ import numpy as np
 import peft
 import torch
 import transformers
+from cases import Batch, Case
 from float64_judge import check_that_the_guard_bites, float64_only
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.numpy import load_file
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 FOLDER = Path(__file__).parent
-IGNORED = -100  # the label that no loss counts, in PyTorch and in Transformers
 TRAJECTORY_STEPS = 25
-LEARNING_RATE = 1e-2
 WEIGHT_DECAY = 0.01
 
 Arrays = dict[str, np.ndarray]
 # (parameter name, shape, generator) -> float32 values
 Initializer = Callable[[str, torch.Size, torch.Generator], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Right-padded token ids, their mask, and labels: [B, T] for a causal model, [B] for a classifier."""
-
-    input_ids: torch.Tensor  # int64 [B, T]
-    attention_mask: torch.Tensor  # int64 [B, T], ones then zeros
-    labels: torch.Tensor  # int64 [B, T] or [B]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model, one batch, and what is trained: adapters, or with `lora` None every weight."""
-
-    name: str
-    model_class: type[PreTrainedModel]
-    config: PreTrainedConfig
-    batch: Batch
-    lora: LoraConfig | None
-    seed: int
 
 
 class Result(NamedTuple):
@@ -63,28 +40,6 @@ class Result(NamedTuple):
     loss: np.ndarray  # []
     gradients: Arrays  # by the name on disk
     trajectory: np.ndarray  # [TRAJECTORY_STEPS], the loss before each update
-
-
-def causal_batch(lengths: tuple[int, ...], *, vocab_size: int, pad_token_id: int, seed: int) -> Batch:
-    """Random ids whose labels leave out the padding and about a fifth of the other tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    input_ids, attention_mask = _padded_ids(lengths, vocab_size, pad_token_id, generator)
-    left_out = torch.rand(input_ids.shape, generator=generator) < 0.2
-    left_out[0, 2] = True  # whatever the draw
-    labels = input_ids.masked_fill(left_out | (attention_mask == 0), IGNORED)
-    return Batch(input_ids, attention_mask, labels)
-
-
-def classifier_batch(
-    lengths: tuple[int, ...], *, num_labels: int, vocab_size: int, pad_token_id: int, seed: int
-) -> Batch:
-    """Random ids and one label per row; the first row holds a pad token that is content, not padding."""
-    generator = torch.Generator().manual_seed(seed)
-    input_ids, attention_mask = _padded_ids(lengths, vocab_size, pad_token_id, generator)
-    # last-token pooling that stops at the first pad token, or counts the others, is caught by this one
-    input_ids[0, 1] = pad_token_id
-    labels = torch.randint(num_labels, (len(lengths),), generator=generator)
-    return Batch(input_ids, attention_mask, labels)
 
 
 def write(case: Case, initializer: Initializer, *, peft_folder: Path | None = None) -> None:
@@ -107,7 +62,7 @@ def record(case: Case, initializer: Initializer, *, peft_folder: Path | None = N
     model.name_or_path = case.name  # PEFT writes it as base_model_name_or_path
     generator = torch.Generator().manual_seed(case.seed)
     _randomize(model, initializer, generator)
-    arrays = _saved_checkpoint(model) | _versions() | _batch_arrays(case.batch)
+    arrays = _saved_checkpoint(model) | _batch_arrays(case.batch) | _settings(case)
     if case.lora is not None:
         model = get_peft_model(model, copy.deepcopy(case.lora))
         _randomize(model, initializer, generator)
@@ -115,17 +70,6 @@ def record(case: Case, initializer: Initializer, *, peft_folder: Path | None = N
     state = model.state_dict()
     check_that_the_guard_bites(lambda: _forward(_built(case, state).double(), case.batch))
     return arrays | _results(case, state)
-
-
-def _padded_ids(
-    lengths: tuple[int, ...], vocab_size: int, pad_token_id: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (len(lengths), max(lengths))
-    # the pad token is kept out of the content: Transformers finds the last token by comparing ids with it
-    input_ids = torch.randint(vocab_size - 1, shape, generator=generator)
-    input_ids += (input_ids >= pad_token_id).long()
-    attention_mask = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
-    return input_ids.masked_fill(attention_mask == 0, pad_token_id), attention_mask
 
 
 def _randomize(model: torch.nn.Module, initializer: Initializer, generator: torch.Generator) -> None:
@@ -154,9 +98,10 @@ def _saved_adapter(model: PeftModel, folder: Path | None) -> Arrays:
     return {"lora_config": np.array(config)} | {f"adapter/{name}": tensor for name, tensor in adapter.items()}
 
 
-def _versions() -> Arrays:
-    modules = (torch, transformers, peft, np)
-    return {"versions": np.array(json.dumps({module.__name__: module.__version__ for module in modules}))}
+def _settings(case: Case) -> Arrays:
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft, np)}
+    optimizer = {"lr": case.learning_rate, "weight_decay": WEIGHT_DECAY}
+    return {"versions": np.array(json.dumps(versions)), "adamw": np.array(json.dumps(optimizer))}
 
 
 def _batch_arrays(batch: Batch) -> Arrays:
@@ -181,7 +126,7 @@ def _evaluated(case: Case, state: dict[str, torch.Tensor], *, in_float64: bool) 
         output = _forward(model, case.batch)
         output.loss.backward()
         gradients = _by_name_on_disk(model)
-        trajectory = _trajectory(model, case.batch)
+        trajectory = _trajectory(model, case)
     logits = output.logits.detach().numpy().copy()
     if case.batch.labels.ndim == 2:
         # what a model says after the padding means nothing, and Qwen3.5 in other layouts says something else
@@ -208,13 +153,13 @@ def _by_name_on_disk(model: torch.nn.Module) -> Arrays:
     return {name: gradient.numpy() for name, gradient in gradients.items()}
 
 
-def _trajectory(model: torch.nn.Module, batch: Batch) -> np.ndarray:
+def _trajectory(model: torch.nn.Module, case: Case) -> np.ndarray:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(parameters, lr=case.learning_rate, weight_decay=WEIGHT_DECAY)
     losses = []
     for _ in range(TRAJECTORY_STEPS):
         optimizer.zero_grad()
-        loss = _forward(model, batch).loss
+        loss = _forward(model, case.batch).loss
         loss.backward()
         losses.append(loss.item())
         optimizer.step()
