@@ -35,7 +35,15 @@ def stored_name(name: str, layout: str) -> str:
 def canonical_name(stored: str, layout: str) -> str:
     """Return the canonical name for `stored`, a name in a checkpoint of `layout`; a foreign name stays."""
     prefix = _prefixes()[layout]
-    return _CANONICAL + stored.removeprefix(prefix) if stored.startswith(prefix) else stored
+    if stored.startswith(prefix):
+        return _CANONICAL + stored.removeprefix(prefix)
+    # a name of the other layout must not pass for the canonical name that it looks like
+    return f"{stored} (in layout {layout})" if stored.startswith(_CANONICAL) else stored
+
+
+def is_skipped(stored: str, family: str) -> bool:
+    """Say whether the tensor `stored` of a checkpoint of `family` belongs to a part that is not run here."""
+    return stored.startswith(family_contract(family).skipped)
 
 
 def layout_of(names: Iterable[str]) -> str:
