@@ -54,7 +54,7 @@ def _shares(sizes: np.ndarray, *, total: int) -> np.ndarray:
     n = sizes.sum()
     # at most half of the rows are held out, and each class of two or more keeps one: there is room for
     # `total`
-    room = np.where(sizes > 1, sizes - 1, 0)
+    room = sizes - 1
     shares = np.minimum(sizes * total // n, room)
     while shares.sum() < total:
         if (shares == room).all():

@@ -27,8 +27,12 @@ def test_both_sides_are_what_they_must_be(labels: list[int], percent: int, seed:
     assert (np.diff(validation) > 0).all()
     assert len(validation) == ceil(len(labels) * Fraction(percent, 100))
     assert len(train) >= 1
-    trained = {labels[i] for i in train}
-    assert all(label in trained for label, size in Counter(labels).items() if size > 1)
+    sizes, trained = Counter(labels), Counter(labels[i] for i in train)
+    assert all(trained[label] for label, size in sizes.items() if size > 1)
+    if any(sizes[labels[i]] == 1 for i in validation):
+        assert all(trained[label] == 1 for label, size in sizes.items() if size > 1), (
+            "something else was left"
+        )
 
 
 @given(labels=LABELS, percent=PERCENT, seed=SEEDS)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from lora.data import tokenizer as module
 from lora.data.tokenizer import Tokenizer
@@ -82,6 +83,12 @@ def test_the_settings_of_the_run_that_saved_it_do_not_apply() -> None:
     configured.enable_padding(length=8, pad_token="a")
     encoded = Tokenizer(configured, None).encode(["abcd"], 9)
     assert len(encoded.ids[0]) == 4
+
+
+def test_a_bos_that_the_tokenizer_would_add_is_left_out() -> None:
+    adding = byte_tokenizer()
+    adding.post_processor = TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, EOS_ID)])
+    assert EOS_ID not in Tokenizer(adding, EOS_ID).encode(["abcd"], 9).ids[0]
 
 
 @pytest.mark.parametrize("max_length", [0, -1])
