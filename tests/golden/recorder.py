@@ -47,12 +47,12 @@ def write(case: Case, initializer: Initializer, *, peft_folder: Path | None = No
     arrays = record(case, initializer, peft_folder=peft_folder)
     path = FOLDER / f"{case.name}.npz"
     np.savez_compressed(path, **arrays)
-    errors = {key: f"{value:.1e}" for key, value in arrays.items() if key.startswith("float32_error/")}
-    worst = max(float(value) for key, value in errors.items() if "/grad/" in key)
+    worst = max(error for key, error in arrays.items() if key.startswith("float32_error/grad/"))
     print(
         f"{path.name}: {path.stat().st_size / 1024:.0f} KiB, loss {arrays['loss']:.4f} down to"
-        f" {arrays['trajectory'][-1]:.4f}, float32 error: logits {errors['float32_error/logits']},"
-        f" worst gradient {worst:.1e}, trajectory {errors['float32_error/trajectory']}"
+        f" {arrays['trajectory'][-1]:.4f}, float32 error: logits"
+        f" {arrays['float32_error/logits']:.1e}, worst gradient {worst:.1e}, trajectory"
+        f" {arrays['float32_error/trajectory']:.1e}"
     )
 
 
@@ -61,18 +61,18 @@ def record(case: Case, initializer: Initializer, *, peft_folder: Path | None = N
     model = case.model_class(copy.deepcopy(case.config))
     model.name_or_path = case.name  # PEFT writes it as base_model_name_or_path
     generator = torch.Generator().manual_seed(case.seed)
-    _randomize(model, initializer, generator)
+    randomize(model, initializer, generator)
     arrays = _saved_checkpoint(model) | _batch_arrays(case.batch) | _settings(case)
     if case.lora is not None:
         model = get_peft_model(model, copy.deepcopy(case.lora))
-        _randomize(model, initializer, generator)
+        randomize(model, initializer, generator)
         arrays |= _saved_adapter(model, peft_folder)
     state = model.state_dict()
     check_that_the_guard_bites(lambda: _forward(_built(case, state).double(), case.batch))
     return arrays | _results(case, state)
 
 
-def _randomize(model: torch.nn.Module, initializer: Initializer, generator: torch.Generator) -> None:
+def randomize(model: torch.nn.Module, initializer: Initializer, generator: torch.Generator) -> None:
     """Draw every trainable parameter; under PEFT those are the adapter's, and the base keeps its values."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
