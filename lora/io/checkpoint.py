@@ -1,4 +1,4 @@
-"""Reading a model's folder as Transformers lays it out: config.json, and safetensors in one file or in shards."""
+"""Reading a folder as Transformers lays it out: config.json, and safetensors in one file or in shards."""
 
 from __future__ import annotations
 
@@ -139,12 +139,22 @@ def _stored_tensors(folder: Path) -> dict[str, Array]:
     )
 
 
-def _sharded_tensors(folder: Path) -> dict[str, Array]:
+def read_index(folder: Path) -> dict[str, str]:
+    """Return the name of the file in `folder` that holds each tensor, from model.safetensors.index.json.
+
+    Raises:
+        FileFormatError: the index does not say that.
+    """
     where = read_json_object(folder / INDEX).get("weight_map")
     if not isinstance(where, dict) or not all(_is_plain_name(file) for file in where.values()):
         raise FileFormatError(
             f"{folder / INDEX}: expected a weight_map from tensors to files of the same folder"
         )
+    return where
+
+
+def _sharded_tensors(folder: Path) -> dict[str, Array]:
+    where = read_index(folder)
     files = sorted(set(where.values()))
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:

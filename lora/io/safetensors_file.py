@@ -155,7 +155,7 @@ def _entry(path: Path, name: str, value: Any) -> _Entry:
             if small and stop - start == prod(shape) * _DTYPES[dtype].itemsize:
                 return _Entry(_DTYPES[dtype], tuple(shape), start, stop)
     raise FileFormatError(
-        f"{path}: {reprlib.repr(name)}: expected a dtype of {', '.join(_DTYPES)}, a shape, and two offsets as "
+        f"{path}: {reprlib.repr(name)}: expected a dtype of {', '.join(_DTYPES)}, a shape, two offsets as "
         f"far apart as both say; found {reprlib.repr(value)}"
     )
 

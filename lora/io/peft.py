@@ -1,0 +1,206 @@
+"""PEFT's adapter folder, both ways: adapter_config.json and adapter_model.safetensors.
+
+    base_model.model.<module in the base's own class>.lora_A.weight [R, I]    .lora_B.weight [O, R]    float32
+
+What PEFT has no place for (class names, pooling, the base's hash) goes into lora_metadata.json beside them.
+Source: https://huggingface.co/docs/peft/developer_guides/checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora.backend import Array, bfloat16, to_host
+from lora.errors import AdapterError, MissingFileError, UnsupportedError
+from lora.io.atomic import replace_folder
+from lora.io.checkpoint import read_json_object
+from lora.io.lora_config import LoraConfig
+from lora.io.safetensors_file import read_tensors, write_tensors
+from lora.io.targets import SHORTHANDS, FactorSizes
+from lora.spec import canonical_name, layout_of, stored_name
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+METADATA = "lora_metadata.json"
+_PREFIX = "base_model.model."
+_KINDS = ("lora_A.weight", "lora_B.weight", "weight", "bias")
+_WIDENED = (np.dtype("float16"), bfloat16, np.dtype("float32"))
+# where our own default differs from what a key that is absent from a file means
+_PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8, "target_modules": None, "init_lora_weights": True}
+_READ_ONLY_KEYS = ("peft_type", "peft_version", "inference_mode")
+
+
+def peft_name(module: str, kind: str, layout: str = "text") -> str:
+    """Return the name on disk of a tensor of an adapter.
+
+    Args:
+        module: canonical, for example `model.layers.0.self_attn.q_proj` or `score`.
+        kind: "lora_A.weight", "lora_B.weight", or "weight" and "bias" of a module that is saved whole.
+        layout: the layout of the base that PEFT would load the adapter into.
+    """
+    return f"{_PREFIX}{stored_name(module, layout)}.{kind}"
+
+
+def parse_peft_name(name: str, layout: str = "text") -> tuple[str, str]:
+    """Return (module, kind), the inverse of `peft_name`.
+
+    Raises:
+        AdapterError: `name` is no such name.
+    """
+    for kind in _KINDS:
+        if name.startswith(_PREFIX) and name.endswith(f".{kind}"):
+            return canonical_name(name.removeprefix(_PREFIX).removesuffix(f".{kind}"), layout), kind
+    raise AdapterError(f"{name!r}: expected {_PREFIX}<module> and one of {', '.join(_KINDS)}")
+
+
+def adapter_layout(names: Iterable[str]) -> str:
+    """Return the layout that an adapter's names on disk are written in."""
+    return layout_of(name.removeprefix(_PREFIX) for name in names)
+
+
+def adapter_shapes(
+    factors: Mapping[str, FactorSizes],
+    modules: Mapping[str, tuple[int, int]],
+    saved: Mapping[str, tuple[int, ...]],
+    layout: str = "text",
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of an adapter, by its name on disk.
+
+    Args:
+        factors: the adapters by canonical module name, from `match_targets`.
+        modules: (O, I) by canonical module name.
+        saved: shapes of the tensors that are saved whole, by canonical tensor name such as `score.weight`.
+        layout: the layout of the base.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, sizes in factors.items():
+        rows, columns = modules[name]
+        shapes[peft_name(name, "lora_A.weight", layout)] = (sizes.r, columns)
+        shapes[peft_name(name, "lora_B.weight", layout)] = (rows, sizes.r)
+    for name, shape in saved.items():
+        module, _, kind = name.rpartition(".")
+        shapes[peft_name(module, kind, layout)] = shape
+    return shapes
+
+
+def check_tensors(tensors: Mapping[str, Array], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare an adapter's tensors with those that a model needs; both by name on disk.
+
+    PEFT itself only warns here, and an adapter whose names do not match then changes nothing.
+
+    Raises:
+        AdapterError: tensors are missing, unexpected or misshapen; one error lists every one.
+    """
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    problems += [f"{name} is not expected" for name in tensors if name not in expected]
+    problems += [
+        f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    if problems:
+        raise AdapterError("the adapter does not fit the model: " + "; ".join(problems))
+
+
+def save_adapter(
+    folder: Path, config: LoraConfig, tensors: Mapping[str, Array], metadata: Mapping[str, Any]
+) -> None:
+    """Write the adapter folder, whole or not at all; files there that are not an adapter's are kept.
+
+    Args:
+        folder: where to write.
+        config: with its targets spelled out (`expanded`).
+        tensors: float32, by name on disk.
+        metadata: JSON values for lora_metadata.json.
+
+    Raises:
+        AdapterError: a tensor is not float32 or not finite, a name is no adapter's, or a shorthand is left.
+        UnsupportedError: the config holds what is not built.
+        WriteError: the folder could not be written; what was there is unharmed.
+    """
+    config.validate(training=False)
+    if config.target_modules in SHORTHANDS:
+        raise AdapterError(f"target_modules {config.target_modules!r} must be expanded before it is written")
+    tensors = {name: to_host(array) for name, array in tensors.items()}
+    _check_writable(tensors)
+    with replace_folder(folder, owns=("adapter_*", METADATA)) as new:
+        _write_json(new / CONFIG, _to_json(config))
+        write_tensors(new / TENSORS, tensors, {"format": "pt"})
+        if metadata:
+            _write_json(new / METADATA, dict(metadata))
+
+
+def load_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Array], dict[str, Any]]:
+    """Return (config, tensors, metadata) of an adapter folder; tensors are float32, by name on disk.
+
+    bfloat16 and float16 are widened. Keys that adapter_config.json lacks have PEFT's defaults.
+
+    Raises:
+        MissingFileError: the folder, or one of its two files, does not exist.
+        FileFormatError: a file is truncated or corrupt.
+        AdapterError: the config or a tensor is none that an adapter can have.
+        UnsupportedError: the config holds what is not built.
+    """
+    for name in (CONFIG, TENSORS):
+        if not (folder / name).is_file():
+            raise MissingFileError(
+                f"{folder}: expected a folder with {CONFIG} and {TENSORS}; {name} is missing"
+            )
+    config = _from_json(read_json_object(folder / CONFIG), folder / CONFIG)
+    config.validate(training=False)
+    stored = read_tensors(folder / TENSORS)
+    tensors = {name: _widened(name, array) for name, array in stored.items()}
+    _check_writable(tensors)
+    path = folder / METADATA
+    return config, tensors, read_json_object(path) if path.is_file() else {}
+
+
+def _widened(name: str, array: Array) -> Array:
+    if array.dtype not in _WIDENED:
+        raise AdapterError(f"{name} is {array.dtype}, expected float32, bfloat16 or float16")
+    # a copy in either case: the optimizer writes to it, and the file may be replaced while the model lives
+    return array.astype(np.float32)
+
+
+def _check_writable(tensors: Mapping[str, Array]) -> None:
+    if not tensors:
+        raise AdapterError("the adapter holds no tensor")
+    for name, array in tensors.items():
+        parse_peft_name(name)
+        if array.dtype != np.float32:
+            raise AdapterError(f"{name} is {array.dtype}, expected float32")
+    broken = [name for name, array in tensors.items() if not np.isfinite(array).all()]
+    if broken:
+        raise AdapterError(f"values that are not finite in {', '.join(broken)}")
+
+
+def _to_json(config: LoraConfig) -> dict[str, Any]:
+    values = asdict(config) | {"lora_alpha": config.alpha, "inference_mode": True, "peft_type": "LORA"}
+    if config.task_type == "SEQ_CLS":
+        values["modules_to_save"] = sorted({"classifier", *config.saved_modules})
+    # sorted at the top only: of the patterns, the first that matches counts
+    return dict(sorted(values.items()))
+
+
+def _from_json(values: Mapping[str, Any], path: Path) -> LoraConfig:
+    if values.get("peft_type") != "LORA":
+        raise UnsupportedError(f"{path}: peft_type is {values.get('peft_type')!r}; only 'LORA' is built")
+    known = {f.name for f in fields(LoraConfig)}
+    # later versions of PEFT add switches, each off by default
+    unknown = [k for k, value in values.items() if k not in known and k not in _READ_ONLY_KEYS and value]
+    if unknown:
+        raise UnsupportedError(f"{path}: not built here: {', '.join(f'{k} {values[k]!r}' for k in unknown)}")
+    given = {k: value for k, value in values.items() if k in known}
+    for key in ("rank_pattern", "alpha_pattern"):
+        given[key] = given.get(key) or {}
+    return LoraConfig(**(_PEFT_DEFAULTS | given))
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
