@@ -71,3 +71,7 @@ class WriteError(LoraError):
     """A file could not be written; the previous one, if any, is unharmed."""
 
     exit_code = 7
+
+
+class LoraWarning(UserWarning):
+    """Something was done as asked, and another program will read it otherwise."""

@@ -1,6 +1,7 @@
 """Array libraries, precision, memory, matrix products and random streams: all that operations stand on."""
 
 from lora.backend.arrays import Array, array_module, to_host
+from lora.backend.blas import blas_facts
 from lora.backend.dtypes import accumulation_dtype, bfloat16, compute_dtype, wide
 from lora.backend.gemm import linear, linear_transpose, matmul
 from lora.backend.memory import empty
@@ -11,6 +12,7 @@ __all__ = [
     "accumulation_dtype",
     "array_module",
     "bfloat16",
+    "blas_facts",
     "compute_dtype",
     "empty",
     "linear",

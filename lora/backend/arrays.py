@@ -20,8 +20,8 @@ def array_module(*arrays: Array) -> Any:
     """Return the one library that every array belongs to; None stands for an array that is absent.
 
     Raises:
-        DeviceError: the arrays come from two libraries, or from an unknown one. Nothing is ever copied between
-            devices on the caller's behalf.
+        DeviceError: the arrays come from two libraries, or from an unknown one. Nothing is ever copied
+            between devices on the caller's behalf.
     """
     if all(array is None or isinstance(array, np.ndarray) for array in arrays):
         return np

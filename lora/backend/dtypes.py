@@ -26,7 +26,7 @@ def compute_dtype(name: str) -> np.dtype[Any]:
 
 
 def accumulation_dtype(dtype: Any) -> np.dtype[Any]:
-    """Return the dtype that sums over elements of `dtype` are taken in: float64 stays, all else is float32."""
+    """Return the dtype that elements of `dtype` are summed in: float64 stays, all else is float32."""
     return np.dtype("float64") if np.dtype(dtype) == np.float64 else np.dtype("float32")
 
 

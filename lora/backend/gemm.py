@@ -1,7 +1,7 @@
 """The one door for matrix products: operands are widened here, and nowhere else.
 
-A frozen weight keeps the dtype that it has on disk and may be memory-mapped. It is widened a block of rows at a
-time into a buffer that is used again, so that no weight ever exists twice in memory.
+A frozen weight keeps the dtype that it has on disk and may be memory-mapped. It is widened a block of rows
+at a time into a buffer that is used again, so that no weight ever exists twice in memory.
 """
 
 from __future__ import annotations

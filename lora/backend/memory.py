@@ -10,7 +10,7 @@ from lora.backend.arrays import Array, array_module
 
 
 def empty(shape: tuple[int, ...], dtype: Any, like: Array = None) -> Array:
-    """Return an uninitialised C-contiguous array in the library that `like` belongs to (NumPy without one)."""
+    """Return an uninitialised C-contiguous array in the library of `like` (NumPy without one)."""
     return allocate(shape, dtype, like)
 
 

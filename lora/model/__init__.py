@@ -1,1 +1,1 @@
-"""."""
+"""The model: blocks, decoder, heads, adapters, merging, loading and saving."""

@@ -1,0 +1,80 @@
+"""One decoder block, forward and backward: norm, mixer, norm, SwiGLU MLP, with the residual stream between.
+
+A block receives the stream and the last block's contribution to it apart (`delta`), so that adding them is
+part of the norm that reads the sum. At the border of two blocks the gradients for both are the same array.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from lora.backend import Array
+from lora.model import attention_mixer
+from lora.model.context import Context, Gradients
+
+
+class Saved(NamedTuple):
+    """What the backward of one block needs: one record an operation."""
+
+    input_norm: Any
+    mixer: Any
+    post_norm: Any
+    gate_up: Any
+    swiglu: Any
+    down: Any
+
+
+def forward(context: Context, layer: int, delta: Array, stream: Array | None) -> tuple[Array, Array, Saved]:
+    """Return (delta [N, D], stream [N, D], Saved) after block `layer`; stream is None before the first."""
+    ops, parameters, spec = context.ops, context.parameters, context.spec
+    name = f"model.layers.{layer}"
+    norm = {"eps": spec.rms_norm_eps, "zero_centred": spec.zero_centred_norm}
+
+    weight = parameters[f"{name}.input_layernorm.weight"]
+    (hidden, stream), input_norm = ops.rmsnorm.forward(delta, weight, stream, **norm)
+    mixed, mixer = attention_mixer.forward(context, name, hidden)
+    weight = parameters[f"{name}.post_attention_layernorm.weight"]
+    (hidden, stream), post_norm = ops.rmsnorm.forward(mixed, weight, stream, **norm)
+
+    parts = (parameters.part(f"{name}.mlp.gate_proj"), parameters.part(f"{name}.mlp.up_proj"))
+    (gate, up), gate_up = ops.lowrank_linear.forward(hidden, parts)
+    activated, swiglu = ops.swiglu.forward(gate, up)
+    (delta,), down = ops.lowrank_linear.forward(activated, (parameters.part(f"{name}.mlp.down_proj"),))
+    return delta, stream, Saved(input_norm, mixer, post_norm, gate_up, swiglu, down)
+
+
+def backward(
+    context: Context,
+    layer: int,
+    saved: Saved,
+    ddelta: Array,
+    dstream: Array,
+    gradients: Gradients,
+    *,
+    wants_input: bool,
+) -> Array | None:
+    """Return the gradient [N, D] for the block's inputs, delta and stream alike; add the rest to `gradients`.
+
+    With `wants_input` false nothing below this block is trained, and the backward stops inside it.
+    """
+    ops = context.ops
+    name = f"model.layers.{layer}"
+
+    dactivated = gradients.linear(ops.lowrank_linear.backward(saved.down, (ddelta,)), f"{name}.mlp.down_proj")
+    dgate_up = ops.swiglu.backward(saved.swiglu, dactivated)
+    dhidden = gradients.linear(
+        ops.lowrank_linear.backward(saved.gate_up, (dgate_up.gate, dgate_up.up)),
+        f"{name}.mlp.gate_proj",
+        f"{name}.mlp.up_proj",
+    )
+    dmixed = gradients.norm(
+        ops.rmsnorm, saved.post_norm, dhidden, dstream, f"{name}.post_attention_layernorm.weight"
+    )
+
+    if not (wants_input or context.parameters.trains_below(f"{name}.self_attn.")):
+        return None
+    wants_norm = wants_input or context.parameters.is_trained(f"{name}.input_layernorm.weight")
+    dhidden = attention_mixer.backward(context, name, saved.mixer, dmixed, gradients, wants_input=wants_norm)
+    if not wants_norm:
+        return None
+    return gradients.norm(ops.rmsnorm, saved.input_norm, dhidden, dmixed, f"{name}.input_layernorm.weight")

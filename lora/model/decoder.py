@@ -1,0 +1,93 @@
+"""The decoder over packed sequences: embedding, blocks, final norm; and its backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lora.backend import Array, accumulation_dtype
+from lora.data.packed import Packed
+from lora.dispatch import Ops
+from lora.model import block
+from lora.model.context import Context, Gradients
+from lora.model.parameters import Parameters
+from lora.spec import ModelSpec
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+
+
+@dataclass
+class Tape:
+    """What a forward leaves for its backward. Records of blocks are dropped as the backward consumes them."""
+
+    context: Context
+    first: int  # the first block that was recorded: nothing below it is trained
+    embedding: Any
+    blocks: list[Any]
+    final_norm: Any
+
+
+def forward(
+    ops: Ops, parameters: Parameters, spec: ModelSpec, batch: Packed, dtype: np.dtype[Any], *, record: bool
+) -> tuple[Array, Tape]:
+    """Return (hidden [N, D], Tape): the normed output of the last block, in `dtype`.
+
+    With `record` false nothing is kept for a backward; with it, only from the first trained block on.
+    """
+    context = context_of(ops, parameters, spec, batch, dtype)
+    first = first_trained_block(parameters, spec) if record else spec.num_hidden_layers + 1
+    delta, embedding = ops.embedding.forward(batch.input_ids, parameters[EMBEDDING], dtype=dtype)
+    blocks: list[Any] = []
+    stream: Array | None = None
+    for layer in range(spec.num_hidden_layers):
+        delta, stream, saved = block.forward(context, layer, delta, stream)
+        if layer >= first:
+            blocks.append(saved)
+        del saved  # a block that is not recorded frees its memory before the next one runs
+    (hidden, _), final_norm = ops.rmsnorm.forward(
+        delta, parameters[FINAL_NORM], stream, eps=spec.rms_norm_eps, zero_centred=spec.zero_centred_norm
+    )
+    return hidden, Tape(context, first, embedding, blocks, final_norm)
+
+
+def backward(tape: Tape, dhidden: Array, gradients: Gradients) -> None:
+    """Add the gradients of everything trained in the decoder to `gradients`, given `dhidden` [N, D]."""
+    context, parameters = tape.context, tape.context.parameters
+    layers = context.spec.num_hidden_layers
+    if tape.first > layers:
+        return
+    trains_embedding = parameters.is_trained(EMBEDDING)
+    dstream = gradients.norm(context.ops.rmsnorm, tape.final_norm, dhidden, None, FINAL_NORM)
+    for layer in range(layers - 1, tape.first - 1, -1):
+        wants_input = trains_embedding or layer > tape.first
+        saved = tape.blocks.pop()
+        dstream = block.backward(context, layer, saved, dstream, dstream, gradients, wants_input=wants_input)
+    if trains_embedding:
+        table = context.ops.embedding.backward(tape.embedding, dstream).table
+        gradients.add(parameters.gradient_name(EMBEDDING), table)
+
+
+def first_trained_block(parameters: Parameters, spec: ModelSpec) -> int:
+    """Return the first block that the backward must reach.
+
+    That is 0 when the embedding is trained, L when only the final norm is, and L + 1 when nothing is.
+    """
+    if parameters.is_trained(EMBEDDING):
+        return 0
+    for layer in range(spec.num_hidden_layers):
+        if parameters.trains_below(f"model.layers.{layer}."):
+            return layer
+    return spec.num_hidden_layers + (0 if parameters.is_trained(FINAL_NORM) else 1)
+
+
+def context_of(
+    ops: Ops, parameters: Parameters, spec: ModelSpec, batch: Packed, dtype: np.dtype[Any]
+) -> Context:
+    """Return what every block of a forward over `batch` shares."""
+    cos, sin = ops.rope.angles(
+        batch.positions, theta=spec.rope_theta, rotary_dim=spec.rotary_dim, dtype=accumulation_dtype(dtype)
+    )
+    return Context(ops, parameters, spec, batch.cu_seqlens, cos, sin)

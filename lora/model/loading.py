@@ -1,0 +1,145 @@
+"""From a folder or a hub id to a model: weights, head, and the adapter where the folder holds one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora.backend import Array, compute_dtype, named_stream
+from lora.dispatch import implementations
+from lora.errors import AdapterError, ContractError, UnsupportedError, UsageError
+from lora.io.checkpoint import Checkpoint, load_weights, open_checkpoint
+from lora.io.hub import resolve
+from lora.io.peft import CONFIG, load_adapter, peft_name
+from lora.model.head import CausalHead, ClassifierHead, Head, Pooling
+from lora.model.head_file import read_head_file
+from lora.model.model import Model
+from lora.model.parameters import Parameters
+from lora.spec import tensor_shapes
+
+LANGUAGE_HEAD = "lm_head.weight"
+SCORE, SCORE_BIAS = "score.weight", "score.bias"
+
+
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    *,
+    num_labels: int | None = None,
+    pooling: Pooling | None = None,
+    head_bias: bool | None = None,
+    class_names: Sequence[str] | None = None,
+    quantize: str | None = None,
+    seed: int = 0,
+) -> Model:
+    """Return the model in a folder or under a hub id; an adapter's folder gives its base with the adapter.
+
+    Args:
+        path: a checkpoint's folder, an adapter's folder in PEFT's format, or a hub id.
+        device: "cpu".
+        dtype: precision of the arithmetic: "float32", "float64" or "bfloat16"; weights stay as stored.
+        num_labels: gives the model a classifier's head of so many outputs, new unless the checkpoint has one.
+        pooling: "mean" or "last"; None for mean under a new head, and for its own under a stored one.
+        head_bias: whether a new head has a bias; None for yes.
+        class_names: the classes in the order of the head's outputs; implies num_labels.
+        quantize: reserved for "nf4".
+        seed: draws a new head.
+
+    Raises:
+        LoraError: the path, its config.json, its weights or an argument is not as it must be.
+    """
+    ops, compute = implementations(device), compute_dtype(dtype)
+    if quantize is not None:
+        raise UnsupportedError(f"quantize {quantize!r} is not built in this version")
+    folder = resolve(path)
+    if (folder / CONFIG).is_file():
+        return _load_with_adapter(folder, device, dtype)
+    checkpoint = open_checkpoint(folder)
+    names = _class_names(num_labels, class_names)
+    weights = _weights(checkpoint, classify=names is not None)
+    parameters = Parameters(weights, layout=checkpoint.layout)
+    head: Head = CausalHead()
+    if names is not None or SCORE in parameters.weights:
+        head = _classifier(checkpoint, parameters, names, pooling, head_bias, seed)
+    return Model(checkpoint.spec, parameters, head, ops, compute, checkpoint, base_name(path))
+
+
+def base_name(path: str | Path) -> str:
+    """Return what an adapter calls its base: an absolute path for a folder, a hub id as it is."""
+    return str(Path(path).resolve()) if Path(path).exists() else str(path)
+
+
+def _load_with_adapter(folder: Path, device: str, dtype: str) -> Model:
+    """Load the base that the adapter in `folder` names, with the adapter's kind of head, then the adapter."""
+    config, tensors, facts = load_adapter(folder)
+    if config.base_model_name_or_path is None:
+        raise AdapterError(f"{folder}: base_model_name_or_path is empty; load the base, then load_adapter()")
+    head: dict[str, Any] = {}
+    score, bias = (tensors.get(peft_name("score", kind)) for kind in ("weight", "bias"))
+    if score is not None:
+        names = facts.get("class_names", [str(index) for index in range(len(score))])
+        head = {"class_names": names, "pooling": facts.get("pooling", "last"), "head_bias": bias is not None}
+    model = load(config.base_model_name_or_path, device, dtype, **head)
+    model.load_adapter(folder)
+    return model
+
+
+def _class_names(num_labels: int | None, class_names: Sequence[str] | None) -> tuple[str, ...] | None:
+    names = tuple(class_names) if class_names is not None else None
+    if names is None:
+        names = None if num_labels is None else tuple(map(str, range(num_labels)))
+    elif num_labels not in (None, len(names)):
+        raise UsageError(f"num_labels = {num_labels}, but class_names holds {len(names)}: {', '.join(names)}")
+    if names is not None and len(names) < 2:
+        raise ContractError(f"FALSIFY-CLASS-006: a classifier needs at least 2 classes, found {len(names)}")
+    return names
+
+
+def _weights(checkpoint: Checkpoint, *, classify: bool) -> dict[str, Array]:
+    """Return the checked weights; a classifier has a score instead of, or beside, a language model's head."""
+    expected = tensor_shapes(checkpoint.spec)
+    optional = {SCORE, SCORE_BIAS}
+    if classify or SCORE in checkpoint.tensors:
+        optional |= {LANGUAGE_HEAD}
+    return load_weights(checkpoint, expected, optional)
+
+
+def _classifier(
+    checkpoint: Checkpoint,
+    parameters: Parameters,
+    names: tuple[str, ...] | None,
+    pooling: Pooling | None,
+    head_bias: bool | None,
+    seed: int,
+) -> ClassifierHead:
+    weights, width = parameters.weights, checkpoint.spec.hidden_size
+    if SCORE not in weights:
+        if names is None:
+            raise ContractError(f"a classifier without {SCORE} needs num_labels or class_names")
+        _draw_head(weights, len(names), width, True if head_bias is None else head_bias, seed)
+        return ClassifierHead(pooling or "mean", names)
+    score = weights[SCORE]
+    stored_pooling, stored_names = read_head_file(checkpoint, score.shape[0])
+    if score.shape[1:] != (width,) or (names is not None and len(names) != score.shape[0]):
+        expected = f"[{len(names) if names else 'C'}, {width}]"
+        raise ContractError(f"{SCORE}: expected {expected}, found {list(score.shape)} in {checkpoint.folder}")
+    if head_bias not in (None, SCORE_BIAS in weights):
+        raise UsageError(
+            f"head_bias = {head_bias}: the checkpoint's own head has {'a' if not head_bias else 'no'} bias"
+        )
+    for name in {SCORE, SCORE_BIAS} & weights.keys():
+        weights[name] = np.array(weights[name], np.float32)  # a head is trained, so it is writable and wide
+    return ClassifierHead(pooling or stored_pooling, names or stored_names)
+
+
+def _draw_head(weights: dict[str, Array], classes: int, width: int, bias: bool, seed: int) -> None:
+    """Add a head [C, D], uniform in ±√(6 / (D + C)) (Glorot & Bengio 2010, eq. 16), with a zero bias [C]."""
+    bound = (6 / (width + classes)) ** 0.5
+    rng = named_stream(seed, SCORE)
+    weights[SCORE] = rng.uniform(-bound, bound, (classes, width)).astype(np.float32)
+    if bias:
+        weights[SCORE_BIAS] = np.zeros(classes, np.float32)

@@ -1,0 +1,46 @@
+"""A model's weights and config back into a checkpoint that Transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora.io.atomic import write_atomically
+from lora.io.checkpoint import Checkpoint
+from lora.io.save_checkpoint import save_checkpoint
+from lora.model.head import ClassifierHead, Head
+from lora.model.head_file import FILE, head_file, label_config
+from lora.model.parameters import HEAD, Parameters
+
+LANGUAGE_HEAD = "lm_head.weight"
+
+
+def save_model(folder: Path, checkpoint: Checkpoint, parameters: Parameters, head: Head) -> None:
+    """Write the weights in their stored dtypes, and config.json with what the head has changed."""
+    classify = isinstance(head, ClassifierHead)
+    weights = {
+        name: array for name, array in parameters.weights.items() if not (classify and name == LANGUAGE_HEAD)
+    }
+    dtypes: dict[str, Any] = {name: array.dtype for name, array in checkpoint.tensors.items()}
+    dtypes |= {name: np.dtype(np.float32) for name in HEAD if name not in dtypes}
+    config = _config(checkpoint, head, untied=LANGUAGE_HEAD in weights)
+    save_checkpoint(folder, weights, config, source_folder=checkpoint.folder, dtypes=dtypes)
+    if classify:
+        with write_atomically(folder / FILE) as temporary:
+            temporary.write_text(head_file(head), encoding="utf-8")
+
+
+def _config(checkpoint: Checkpoint, head: Head, *, untied: bool) -> dict[str, Any]:
+    config = dict(checkpoint.config)
+    if untied and checkpoint.spec.tie_word_embeddings:
+        config["tie_word_embeddings"] = False  # a head of its own was trained
+    if isinstance(head, ClassifierHead):
+        config |= label_config(head)
+        config["architectures"] = [_classifier_class(name) for name in config.get("architectures", [])]
+    return config
+
+
+def _classifier_class(name: str) -> str:
+    return name.replace("ForCausalLM", "ForSequenceClassification")

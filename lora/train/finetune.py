@@ -1,0 +1,251 @@
+"""Fine-tuning from a checkpoint and a data file to an adapter on disk: what `lora finetune` calls."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora.backend import Array, blas_facts
+from lora.data.causal import CausalData
+from lora.data.classify import ClassifyData
+from lora.data.split import stratified_split
+from lora.data.tokenizer import Tokenizer
+from lora.dispatch import choices
+from lora.errors import LoraWarning, MissingFileError, UsageError, WriteError
+from lora.estimate import choose_method, micro_batch_tokens
+from lora.io.checkpoint import read_config
+from lora.io.hub import resolve
+from lora.model.loading import base_name, load
+from lora.model.model import Model
+from lora.spec import ModelSpec, check_named_size, read_spec
+from lora.train.callbacks import Callback, Started
+from lora.train.class_weights import class_weights
+from lora.train.config import FinetuneConfig
+from lora.train.examples import Examples, data_hash, detect_task, read_data, tokenise
+from lora.train.loop import Loop, Progress
+from lora.train.metrics_file import MetricsFile
+from lora.train.run import Run, write_run_file
+
+ACTIVATION_BYTES = 2 * 2**30  # what the activations of one micro-batch may take on the host
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that was read and checked before the weights are loaded."""
+
+    config: FinetuneConfig  # task and method decided
+    folder: Path  # the base
+    base: str  # what the adapter will call it
+    spec: ModelSpec
+    data: ClassifyData | CausalData
+    examples: Examples
+    class_names: tuple[str, ...]
+
+
+def finetune(
+    model: Model | str | Path,
+    data: str | Path,
+    task: str | None = None,
+    output: str | Path = "checkpoints",
+    *,
+    callbacks: Sequence[Callback] = (),
+    **settings: Any,
+) -> Run:
+    """Train an adapter (or, with method="full", every weight) on the rows of a file, and keep the best state.
+
+    Args:
+        model: a checkpoint's folder, a hub id, or a model from `lora.load`.
+        data: JSON Lines: {"input", "label"} to classify, {"text"} for a causal model.
+        task: "classify" or "causal"; None for what the first row's fields say.
+        output: a folder; `best/`, `epoch-N/`, `metrics.jsonl` and `run.json` are written into it.
+        callbacks: told of every step and epoch.
+        **settings: fields of `FinetuneConfig`.
+
+    Returns:
+        The run's outcome, with the path of its best state.
+
+    Raises:
+        LoraError: settings, files, rows, configuration or weights are not as they must be, checked in this
+            order; nothing is written before all of them are.
+        DivergedError: a loss or gradient is no longer finite.
+    """
+    config = _config(task, settings)
+    prepared = prepare(config, model, Path(data))
+    loaded = _trainable_model(model, prepared)
+    return _train(loaded, prepared, Path(output), list(callbacks))
+
+
+def prepare(config: FinetuneConfig, model: Model | str | Path, data: Path) -> Prepared:
+    """Read and check everything but the weights: files, every row, config.json, tokenizer."""
+    folder = model.checkpoint.folder if isinstance(model, Model) else resolve(model)
+    if not data.is_file():
+        raise MissingFileError(
+            f"{data}: expected a JSON Lines file, found {'a folder' if data.is_dir() else 'nothing'}"
+        )
+    config = replace(config, task=config.task or detect_task(data))
+    if config.method == "head" and config.task != "classify":
+        raise UsageError("method = 'head' trains a classifier's head alone: expected task = 'classify'")
+    rows = read_data(data, str(config.task), num_classes=config.num_classes)
+    spec = read_spec(read_config(folder))
+    if config.model_size is not None:
+        check_named_size(spec, config.model_size)
+    examples = tokenise(rows, Tokenizer.load(folder), config.max_seq_len)
+    config = replace(config, method=choose_method(spec, config.method))
+    base = model.base_name if isinstance(model, Model) else base_name(model)
+    class_names = rows.class_names if isinstance(rows, ClassifyData) else ()
+    return Prepared(config, folder, base, spec, rows, examples, class_names)
+
+
+def _config(task: str | None, settings: dict[str, Any]) -> FinetuneConfig:
+    unknown = sorted(settings.keys() - FinetuneConfig.__dataclass_fields__.keys())
+    if unknown:
+        known = ", ".join(sorted(FinetuneConfig.__dataclass_fields__))
+        raise UsageError(f"unknown settings {', '.join(unknown)}; known: {known}")
+    return FinetuneConfig(task=task, **settings)  # pyright: ignore[reportArgumentType]
+
+
+def _trainable_model(model: Model | str | Path, prepared: Prepared) -> Model:
+    config = prepared.config
+    if not isinstance(model, Model):
+        model = load(
+            model,
+            device=config.device,
+            dtype=config.dtype,
+            class_names=prepared.class_names or None,
+            pooling=config.pooling,
+            head_bias=config.head_bias,
+            seed=config.seed,
+        )
+    elif model.is_classifier != (config.task == "classify"):
+        raise UsageError(
+            f"task {config.task!r} does not fit the model's head; load it with or without num_labels"
+        )
+    if config.method == "full":
+        model.train_all()
+    elif config.method == "lora" and model.parameters.adapter is None:
+        model.add_adapter(config.lora_config(), seed=config.seed)
+    return model
+
+
+def _train(model: Model, prepared: Prepared, output: Path, callbacks: list[Callback]) -> Run:
+    config, examples = prepared.config, prepared.examples
+    labels = len(examples) if examples.labels is None else examples.labels
+    train_rows, validation_rows = stratified_split(labels, config.val_split, config.seed)
+    train, validation = examples.subset(train_rows), examples.subset(validation_rows)
+    weights = _class_weights(config, train, prepared.class_names)
+    micro_tokens = micro_batch_tokens(
+        model.spec, method=config.method, dtype=config.dtype, budget_bytes=ACTIVATION_BYTES
+    )
+    _make_folder(output)
+    metrics = MetricsFile(output / "metrics.jsonl")
+    facts = {"data_hash": data_hash(prepared.data), "base": prepared.base}
+    loop = Loop(
+        model,
+        config,
+        train,
+        validation,
+        weights,
+        micro_tokens,
+        [*callbacks, metrics],
+        save=lambda name: _save(model, config, output / name, facts),
+    )
+    started = _started(loop, prepared, output)
+    write_run_file(output, _run_facts(config, prepared, facts))
+    for callback in callbacks:
+        callback.started(started)
+    begin = time.perf_counter()
+    try:
+        progress = loop.run()
+    except KeyboardInterrupt:
+        _save(model, config, output / "last", facts)
+        for callback in callbacks:
+            callback.said(f"interrupted after step {loop.progress.step}: the state is in {output / 'last'}")
+        raise
+    finally:
+        metrics.close()
+    return _outcome(started, progress, loop, time.perf_counter() - begin)
+
+
+def _class_weights(config: FinetuneConfig, train: Examples, class_names: tuple[str, ...]) -> Array | None:
+    if train.labels is None:
+        return None
+    return class_weights(train.labels, len(class_names), config.class_weights)
+
+
+def _make_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"{output}: the folder cannot be made: {error.strerror}") from error
+
+
+def _save(model: Model, config: FinetuneConfig, folder: Path, facts: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        # said once at the start, not at every epoch
+        warnings.simplefilter("ignore", LoraWarning)
+        if config.method == "lora":
+            model.save_adapter(folder, metadata=facts)
+        else:
+            model.save(folder)
+
+
+def _started(loop: Loop, prepared: Prepared, output: Path) -> Started:
+    weights = loop.class_weights
+    return Started(
+        task=str(prepared.config.task),
+        method=prepared.config.method,
+        train_rows=len(loop.train),
+        validation_rows=len(loop.validation),
+        truncated_rows=prepared.examples.truncated,
+        max_seq_len=prepared.config.max_seq_len,
+        total_steps=loop.total_steps,
+        trainable_parameters=sum(array.size for array in loop.model.trainable().values()),
+        class_names=prepared.class_names,
+        class_weights=None if weights is None else tuple(np.round(weights, 6).tolist()),
+        micro_batch_tokens=loop.micro_tokens,
+        note=loop.model.transformers_note(),
+        output=output,
+    )
+
+
+def _run_facts(config: FinetuneConfig, prepared: Prepared, facts: dict[str, Any]) -> dict[str, Any]:
+    from lora import __version__
+
+    return {
+        "lora_version": __version__,
+        "numpy_version": np.__version__,
+        "blas": blas_facts(),
+        "operations": [choice._asdict() for choice in choices(config.device)],
+        "settings": asdict(config),
+        "class_names": prepared.class_names,
+        "rows": len(prepared.examples),
+        "truncated_rows": prepared.examples.truncated,
+        **facts,
+    }
+
+
+def _outcome(started: Started, progress: Progress, loop: Loop, seconds: float) -> Run:
+    rows = len(progress.epochs) * len(loop.train)
+    best = progress.best
+    return Run(
+        output=started.output,
+        best=started.output / "best",
+        task=started.task,
+        method=started.method,
+        epochs=tuple(progress.epochs),
+        best_epoch=best.epoch if best else 0,
+        best_val_loss=best.val_loss if best else float("nan"),
+        stopped_early=progress.stopped_early,
+        total_time_ms=round(1000 * seconds),
+        tokens_per_sec=len(progress.epochs) * loop.train.tokens / seconds,
+        samples_per_sec=rows / seconds,
+        class_names=started.class_names,
+        trainable_parameters=started.trainable_parameters,
+        truncated_rows=started.truncated_rows,
+    )

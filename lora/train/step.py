@@ -1,0 +1,108 @@
+"""One optimizer step: a token weighs the same in every micro-batch; what is not finite stops the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora.backend import Array
+from lora.data.packed import Packed, split
+from lora.errors import DataError, DivergedError
+from lora.model.diagnosis import first_non_finite
+from lora.model.model import Model
+from lora.train.optimizer import AdamW
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step saw."""
+
+    loss: float  # per counted token, or per row (weighted by class weights), in nats
+    correct: int  # counted tokens, or rows, that were predicted right
+    counted: int  # tokens, or rows, that entered the loss
+    tokens: int  # that went through the model
+    gradient_norm: float  # before clipping, over all trained arrays
+
+
+def train_step(
+    model: Model,
+    optimizer: AdamW,
+    batches: Sequence[Packed],
+    *,
+    lr: float,
+    clip: float,
+    micro_tokens: int,
+    class_weights: Array | None = None,
+) -> StepReport:
+    """Add up the gradients of `batches`, clip their joint norm, and move the trained arrays once.
+
+    Every share is divided by the whole step's count before it is added. Averaging the means of the batches
+    instead would weigh a token of a short batch more than one of a long batch. For the same reason a batch
+    may be cut into micro-batches that fit into memory without changing the result.
+
+    Args:
+        model: what is trained.
+        optimizer: made for `model`.
+        batches: the packed batches of this step (gradient accumulation: more than one).
+        lr: this step's learning rate.
+        clip: the largest joint norm of the gradients; 0 for no limit.
+        micro_tokens: how many tokens are run at once, at most; a longer sequence runs alone.
+        class_weights: [C], a classifier's weight of each class.
+
+    Raises:
+        DataError: a batch holds no counted token.
+        DivergedError: a loss or gradient is not finite; nothing was moved.
+    """
+    if any(batch.counted == 0 for batch in batches):
+        raise DataError("a batch without one counted token: every label in it is masked")
+    normalizer = sum(model.head.normalizer(batch, class_weights) for batch in batches)
+    micro_batches = [part for batch in batches for part in _cut(batch, micro_tokens)]
+    loss, correct, total = 0.0, 0, dict[str, Array]()
+    for batch in micro_batches:
+        result = model.step(batch, normalizer=normalizer, class_weights=class_weights)
+        loss, correct = loss + result.loss, correct + result.correct
+        _accumulate(total, result.gradients)
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"the loss is {loss}: first {first_non_finite(model, batch, result.gradients)}"
+            )
+    norm = global_norm(total)
+    if not math.isfinite(norm):
+        # the last micro-batch may be sound: look at each one's own gradients
+        raise DivergedError(
+            f"a gradient is not finite: first {_broken_micro_batch(model, micro_batches, normalizer)}"
+        )
+    if clip and norm > clip:
+        for gradient in total.values():
+            gradient *= clip / norm
+    optimizer.step(total, lr)
+    counted, tokens = sum(b.counted for b in batches), sum(b.num_tokens for b in batches)
+    return StepReport(loss, correct, counted, tokens, norm)
+
+
+def global_norm(gradients: dict[str, Array]) -> float:
+    """Return the Euclidean norm over all elements of all gradients."""
+    return math.sqrt(sum(float(np.vdot(g, g)) for g in gradients.values()))
+
+
+def _cut(batch: Packed, micro_tokens: int) -> list[Packed]:
+    return split(batch, max(micro_tokens, int(batch.lengths.max())))
+
+
+def _accumulate(total: dict[str, Array], gradients: dict[str, Array]) -> None:
+    for name, gradient in gradients.items():
+        if name in total:
+            total[name] += gradient
+        else:
+            total[name] = gradient
+
+
+def _broken_micro_batch(model: Model, micro_batches: Sequence[Packed], normalizer: float) -> str:
+    for batch in micro_batches:
+        gradients = model.step(batch, normalizer=normalizer).gradients
+        if not math.isfinite(global_norm(gradients)):
+            return first_non_finite(model, batch, gradients)
+    return "in the sum over the micro-batches of the step (each one alone is finite)"
