@@ -35,6 +35,7 @@ def load(
     class_names: Sequence[str] | None = None,
     quantize: str | None = None,
     seed: int = 0,
+    base: str | Path | None = None,
 ) -> Model:
     """Return the model in a folder or under a hub id; an adapter's folder gives its base with the adapter.
 
@@ -48,6 +49,7 @@ def load(
         class_names: the classes in the order of the head's outputs; implies num_labels.
         quantize: reserved for "nf4".
         seed: draws a new head.
+        base: for an adapter's folder, the base to use in the place of the one that it names.
 
     Raises:
         LoraError: the path, its config.json, its weights or an argument is not as it must be.
@@ -57,7 +59,9 @@ def load(
         raise UnsupportedError(f"quantize {quantize!r} is not built in this version")
     folder = resolve(path)
     if (folder / CONFIG).is_file():
-        return _load_with_adapter(folder, device, dtype)
+        return _load_with_adapter(folder, base, device, dtype)
+    if base is not None:
+        raise UsageError(f"base = {str(base)!r} is for an adapter's folder, and {folder} holds no {CONFIG}")
     checkpoint = open_checkpoint(folder)
     names = _class_names(num_labels, class_names)
     weights = _weights(checkpoint, classify=names is not None)
@@ -73,17 +77,18 @@ def base_name(path: str | Path) -> str:
     return str(Path(path).resolve()) if Path(path).exists() else str(path)
 
 
-def _load_with_adapter(folder: Path, device: str, dtype: str) -> Model:
-    """Load the base that the adapter in `folder` names, with the adapter's kind of head, then the adapter."""
+def _load_with_adapter(folder: Path, base: str | Path | None, device: str, dtype: str) -> Model:
+    """Load the base of the adapter in `folder` with the head that the adapter trained, then the adapter."""
     config, tensors, facts = load_adapter(folder)
-    if config.base_model_name_or_path is None:
-        raise AdapterError(f"{folder}: base_model_name_or_path is empty; load the base, then load_adapter()")
+    base = base or config.base_model_name_or_path
+    if base is None:
+        raise AdapterError(f"{folder}: base_model_name_or_path is empty; name the base with base=")
     head: dict[str, Any] = {}
     score, bias = (tensors.get(peft_name("score", kind)) for kind in ("weight", "bias"))
     if score is not None:
         names = facts.get("class_names", [str(index) for index in range(len(score))])
         head = {"class_names": names, "pooling": facts.get("pooling", "last"), "head_bias": bias is not None}
-    model = load(config.base_model_name_or_path, device, dtype, **head)
+    model = load(base, device, dtype, **head)
     model.load_adapter(folder)
     return model
 
