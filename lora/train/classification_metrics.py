@@ -67,11 +67,20 @@ def metrics_from_logits(
     Raises:
         ValidationError: a logit is not finite.
     """
+    return metrics_from_probabilities(softmax(logits), labels, class_names)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the probabilities [n, C] float64 of logits [n, C].
+
+    Raises:
+        ValidationError: a logit is not finite.
+    """
     wide = np.asarray(logits, np.float64)
     if wide.ndim != 2 or not np.isfinite(wide).all():
         raise ValidationError(f"expected finite logits [n, C], found {_description(wide)}")
     odds = np.exp(wide - wide.max(axis=1, keepdims=True, initial=-np.inf))
-    return metrics_from_probabilities(odds / odds.sum(axis=1, keepdims=True), labels, class_names)
+    return odds / odds.sum(axis=1, keepdims=True)
 
 
 def metrics_from_probabilities(
