@@ -47,7 +47,7 @@ def letters(expression: str | int) -> tuple[str, ...]:
 def _parsed(expression: str) -> ast.expr:
     try:
         return ast.parse(expression, mode="eval").body
-    except SyntaxError as error:
+    except (SyntaxError, ValueError) as error:
         raise ContractError(f"not an expression over axes: {expression!r}") from error
 
 
