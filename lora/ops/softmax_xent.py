@@ -76,8 +76,10 @@ def forward(
         DataError: a target is outside [0, V), or the normalizer is not positive.
     """
     xp = array_module(hidden, weight, targets, bias, row_weights)
-    _check_arguments(hidden, weight, targets, normalizer)
+    if not normalizer > 0:
+        raise DataError(f"the normalizer counts the rows of the step and must be positive; got {normalizer}")
     head, counted = _Head(weight, bias), xp.flatnonzero(targets != IGNORED)
+    _check_shapes(hidden, head, targets, row_weights)
     _check_targets(targets[counted], weight.shape[0])
     grads = _zero_grads(hidden, head, wants_weight) if wants_gradient else None
     dtype = accumulation_dtype(hidden.dtype)
@@ -103,15 +105,15 @@ def backward(saved: Saved) -> Grads:
     return saved.grads
 
 
-def _check_arguments(hidden: Array, weight: Array, targets: Array, normalizer: float) -> None:
-    if hidden.shape[1:] != weight.shape[1:] or targets.shape != hidden.shape[:1]:
+def _check_shapes(hidden: Array, head: _Head, targets: Array, row_weights: Array | None) -> None:
+    rows, classes = hidden.shape[:1], head.weight.shape[:1]
+    fits = hidden.shape[1:] == head.weight.shape[1:] and targets.shape == rows
+    fits = fits and (head.bias is None or head.bias.shape == classes)
+    if not (fits and (row_weights is None or row_weights.shape == rows)):
+        arrays = (hidden, *head, targets, row_weights)
+        found = [None if array is None else list(array.shape) for array in arrays]
         raise ShapeError(
-            "expected hidden [N, D], weight [V, D] and targets [N]; got "
-            f"{list(hidden.shape)}, {list(weight.shape)} and {list(targets.shape)}"
-        )
-    if not normalizer > 0:
-        raise DataError(
-            f"the loss is divided by the counted rows of the step, which must be positive; got {normalizer}"
+            f"hidden [N, D], weight [V, D], bias [V], targets [N] and row_weights [N] do not fit: {found}"
         )
 
 
