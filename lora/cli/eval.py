@@ -1,0 +1,104 @@
+"""`lora eval`: score a model on rows that it was not trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lora.cli.options import base_option, dtype_option, length_option, output_options
+from lora.cli.output import note_truncated, print_facts, print_json, print_table
+from lora.cli.unbuilt import refuse_apr
+
+if TYPE_CHECKING:
+    from lora.train.classification_metrics import ClassificationMetrics
+    from lora.train.evaluate import CausalMetrics
+
+
+@click.command("eval", short_help="Score a model or an adapter on a data file.")
+@click.argument("model", metavar="MODEL_OR_ADAPTER")
+@click.option(
+    "--data", "-d", required=True, metavar="FILE", help='JSON Lines: {"input", "label"} or {"text"}.'
+)
+@length_option
+@click.option("--batch-size", type=click.IntRange(1), default=32, help="Rows that are run together.")
+@base_option
+@dtype_option
+@output_options
+def evaluate(
+    model: str, data: str, max_seq_len: int, batch_size: int, base: str | None, dtype: str, as_json: bool
+) -> None:
+    """Score MODEL_OR_ADAPTER, a folder or a hub id, on every row of --data.
+
+    A classifier's scores: accuracy, precision, recall and F1 of each class, the confusion matrix, the
+    calibration error, and what always guessing the most frequent class would score. A language model's: loss,
+    perplexity and token accuracy.
+    """
+    refuse_apr(model)
+    from lora.data.rows import read_jsonl
+    from lora.io.hub import resolve
+    from lora.model.loading import load
+    from lora.train.classification_metrics import ClassificationMetrics
+    from lora.train.evaluate import evaluate as scores_of
+    from lora.train.evaluate import read_examples_for
+
+    resolve(model)
+    read_jsonl(
+        data
+    )  # every line is a row before a weight is read; which labels they may have, the model says
+    loaded = load(model, base=base, dtype=dtype)
+    examples = read_examples_for(loaded, Path(data), max_seq_len)
+    note_truncated(examples.truncated, max_seq_len)
+    scores = scores_of(loaded, examples, batch_size=batch_size)
+    if as_json:
+        task = "classify" if isinstance(scores, ClassificationMetrics) else "causal"
+        about = {"status": "evaluated", "task": task, "model": model, "data": data}
+        print_json({**about, "truncated_rows": examples.truncated, **scores.as_dict()})
+    elif isinstance(scores, ClassificationMetrics):
+        print_classification(scores)
+    else:
+        print_causal(scores)
+
+
+def print_classification(scores: ClassificationMetrics) -> None:
+    """Print a classifier's scores."""
+    print_table(
+        ("Class", "Precision", "Recall", "F1", "Support"),
+        [
+            (s.name, f"{s.precision:.4f}", f"{s.recall:.4f}", f"{s.f1:.4f}", f"{s.support}")
+            for s in scores.per_class
+        ],
+    )
+    names = [s.name for s in scores.per_class]
+    rows = zip(names, scores.confusion_matrix, strict=True)
+    print_table(
+        ("Label \\ predicted", *names),
+        [(name, *map(str, counts)) for name, counts in rows],
+        title="Confusion matrix",
+    )
+    majority = scores.majority_baseline
+    print_facts(
+        {
+            "Rows": f"{scores.rows:,}",
+            "Accuracy": f"{scores.accuracy:.4f}",
+            "Macro-F1": f"{scores.macro_f1:.4f}",
+            "Calibration error": f"{scores.expected_calibration_error:.4f} (10 bins)",
+            "Majority baseline": (
+                f"accuracy {majority.accuracy:.4f}, macro-F1 {majority.macro_f1:.4f} (always {majority.name})"
+            ),
+        }
+    )
+
+
+def print_causal(scores: CausalMetrics) -> None:
+    """Print a language model's scores."""
+    print_facts(
+        {
+            "Rows": f"{scores.rows:,}",
+            "Tokens": f"{scores.tokens:,}",
+            "Loss": f"{scores.loss:.4f} nats per token",
+            "Perplexity": f"{scores.perplexity:.4g}",
+            "Token accuracy": f"{scores.token_accuracy:.4f}",
+        }
+    )

@@ -1,0 +1,210 @@
+"""`lora finetune`: train an adapter, or say beforehand what that takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora.cli.options import output_options
+from lora.cli.output import note, print_facts, print_json, print_table
+from lora.cli.unbuilt import refuse_apr
+from lora.errors import UsageError
+from lora.train.config import FinetuneConfig
+
+if TYPE_CHECKING:
+    from lora.train.run import Run
+
+DEFAULTS = FinetuneConfig()
+OUTPUT = "checkpoints"
+
+
+def setting(flag: str, *short: str, help: str, default: str | None = None, **more: Any) -> Callable[..., Any]:
+    """Return the option of a field of FinetuneConfig with its default; `default` words one that is None."""
+    name = flag.partition("/")[0].removeprefix("--").replace("-", "_")
+    return click.option(
+        flag, *short, name, default=getattr(DEFAULTS, name), show_default=default, help=help, **more
+    )
+
+
+def _targets(ctx: click.Context, param: click.Parameter, value: str) -> str | tuple[str, ...]:
+    # a regular expression may hold a comma too; a list of names holds nothing but names
+    parts = tuple(part.strip() for part in value.split(","))
+    return parts if len(parts) > 1 and all(re.fullmatch(r"[\w.]+", part) for part in parts) else value
+
+
+@click.command(short_help="Train an adapter on your rows, or plan it with --plan.")
+@click.argument("model", required=False)
+@click.option("--data", "-d", metavar="FILE", help='JSON Lines: {"input", "label"} or {"text"} in each row.')
+@click.option("--output", "-o", metavar="DIR", default=OUTPUT, help="Where the run is written.")
+@setting(
+    "--task", metavar="[classify|causal]", default="what the first row's fields say", help="What to train."
+)
+@setting(
+    "--method",
+    "-m",
+    metavar="[auto|full|lora|head]",
+    help="auto is lora; head trains a classifier's head alone.",
+)
+@setting("--rank", "-r", type=int, help="Rank of the adapters.")
+@setting("--alpha", type=float, default="2 x rank", help="The adapters' output is scaled by alpha / rank.")
+@setting(
+    "--targets", callback=_targets, help="qv, attention, mlp, all-linear; or names with commas; or a regex."
+)
+@setting("--epochs", type=int, help="Passes over the rows.")
+@setting("--learning-rate", type=float, help="Peak of the schedule.")
+@setting("--weight-decay", type=float, help="AdamW's decoupled decay.")
+@setting("--batch-size", type=int, help="Rows in a batch.")
+@setting("--max-seq-len", type=int, help="Tokens of a text; a longer one keeps its head.")
+@setting("--grad-accum", type=int, help="Batches in an optimizer step.")
+@setting("--val-split", type=float, help="Share of the rows that validate, at most 0.5.")
+@setting("--patience", type=int, help="Epochs without a better validation loss before the run stops.")
+@setting("--warmup", type=float, help="Share of the steps in which the learning rate rises.")
+@setting("--clip", type=float, help="Largest norm of the gradients; 0 for no limit.")
+@setting("--seed", type=int, help="Draws the adapters, the head, the split and the order of the rows.")
+@setting("--num-classes", type=int, default="what the data holds; 5 in a plan without data", help="Classes.")
+@setting(
+    "--pooling",
+    metavar="[mean|last]",
+    default="mean, or a classification checkpoint's own",
+    help="What the head sees.",
+)
+@setting(
+    "--head-bias/--no-head-bias",
+    default="with, or a classification checkpoint's own",
+    help="The head's bias.",
+)
+@setting(
+    "--class-weights",
+    metavar="[auto|uniform|sqrt_inverse|inverse_freq]",
+    help="auto weighs imbalanced classes.",
+)
+@setting("--save-every", type=int, default="1 up to 5 epochs, else 5", help="Epochs between kept states.")
+@setting(
+    "--model-size", metavar="SIZE", help="A published size, for example 0.5B: of MODEL, or in its place."
+)
+@setting("--device", metavar="[cpu]", help="Where to train.")
+@setting("--dtype", metavar="[float32|float64|bfloat16]", help="Precision of the arithmetic.")
+@click.option("--plan", is_flag=True, help="Say what the run would take. Nothing is loaded or written.")
+@click.option("--vram", type=float, show_default="16.0", help="GB that the plan may use.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress.")
+@output_options
+def finetune(
+    model: str | None,
+    data: str | None,
+    output: str,
+    plan: bool,
+    vram: float | None,
+    quiet: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Train an adapter for MODEL, a checkpoint's folder or a hub id, on the rows of --data.
+
+    With neither MODEL nor --data, `--task classify` trains the small base and the data that travel with lora.
+    `lora finetune merge` and `lora finetune --merge` are `lora merge`.
+    """
+    config = FinetuneConfig(**settings)
+    refuse_apr(model, output)
+    if plan:
+        _plan(config, model, data, vram, as_json)
+        return
+    if vram is not None:
+        raise UsageError("--vram belongs to --plan")
+    inputs = _inputs(config, model, data)
+    if inputs.note:
+        note(inputs.note)
+    # the arithmetic and what it stands on load here, once the flags are known to be sound
+    from lora.cli.progress import progress
+    from lora.train.finetune import finetune as train
+
+    with progress(quiet=quiet) as callback:
+        run = train(inputs.model, inputs.data, output=output, callbacks=[callback], **settings)
+    if as_json:
+        print_json(run.as_dict() | {"base_model": str(inputs.model), "data": str(inputs.data)})
+    else:
+        print_run(run)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is trained on what, and what the user should be told about it."""
+
+    model: str | Path
+    data: str | Path
+    note: str | None = None
+
+
+def _inputs(config: FinetuneConfig, model: str | None, data: str | None) -> Inputs:
+    if config.model_size is not None:
+        from lora.spec import size_hub
+
+        model = size_hub(config.model_size) if model is None else model
+    if model is None and data is None and config.task == "classify":
+        return _embedded()
+    if data is None:
+        raise UsageError("nothing to train on: name a JSON Lines file with --data, or ask for a --plan")
+    if model is None:
+        raise UsageError(
+            "nothing to train: name a MODEL (a checkpoint's folder or a hub id), or a --model-size"
+        )
+    return Inputs(model, data)
+
+
+def _embedded() -> Inputs:
+    from lora.assets import asset
+
+    said = "no MODEL and no --data: training the small base and the shell-safety data that travel with lora"
+    return Inputs(asset("demo", "base"), asset("demo", "train.jsonl"), said)
+
+
+def print_run(run: Run) -> None:
+    """Print the table of epochs, the summary, and what to run next."""
+    columns = ("Epoch", "Train Loss", "Val Loss", "Train Acc", "Val Acc", "LR", "Time (ms)")
+    print_table(
+        columns,
+        [
+            (
+                f"{epoch.epoch}{'*' if epoch.epoch == run.best_epoch else ''}",
+                f"{epoch.train_loss:.4f}",
+                f"{epoch.val_loss:.4f}",
+                f"{epoch.train_accuracy:.2%}",
+                f"{epoch.val_accuracy:.2%}",
+                f"{epoch.learning_rate:.2e}",
+                f"{epoch.epoch_time_ms}",
+            )
+            for epoch in run.epochs
+        ],
+    )
+    best = run.epochs[run.best_epoch - 1]
+    print_facts(
+        {
+            "Total epochs": len(run.epochs),
+            "Best epoch": f"{run.best_epoch} (validation loss {run.best_val_loss:.4f})",
+            "Best validation accuracy": f"{best.val_accuracy:.2%}",
+            "Early stopping": "yes" if run.stopped_early else "no",
+            "Total time": f"{run.total_time_ms / 1000:.1f} s, {run.tokens_per_sec:,.0f} tokens/s",
+            "Format": "safetensors",
+            "Checkpoints": run.output,
+            "Adapter" if run.method == "lora" else "Model": run.best,
+        }
+    )
+    click.echo("\nNext:")
+    for command in next_commands(run):
+        click.echo(f"  {command}")
+
+
+def next_commands(run: Run) -> list[str]:
+    """Return the commands that a user is likely to want now."""
+    best = shlex.quote(str(run.best))
+    commands = [f"lora eval {best} --data test.jsonl"]
+    if run.task == "classify":
+        commands.append(f"lora predict {best} 'a text'")
+    if run.method == "lora":
+        commands.append(f"lora merge --adapter {best} -o merged")
+    return commands

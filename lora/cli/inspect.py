@@ -1,0 +1,143 @@
+"""`lora inspect`: what a folder or a file is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora.cli.options import output_options
+from lora.cli.output import print_facts, print_json
+from lora.cli.unbuilt import refuse_apr
+from lora.errors import MissingFileError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+LISTED = 20  # names that are shown of a longer list
+
+
+@click.command(short_help="Say what a checkpoint, an adapter or a data file holds.")
+@click.argument("path")
+@output_options
+def inspect(path: str, as_json: bool) -> None:
+    """Say what PATH is and holds: a checkpoint, an adapter, a run, a safetensors file, or a data file."""
+    refuse_apr(path)
+    found = _describe(Path(path))
+    if as_json:
+        print_json({"status": "inspected", "path": path, **found})
+    else:
+        print_facts({name.replace("_", " ").capitalize(): _shown(value) for name, value in found.items()})
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise MissingFileError(f"{path}: no such file or folder")
+    if path.is_file():
+        return _weights_file(path) if path.suffix == ".safetensors" else _data_file(path)
+    from lora.io.peft import CONFIG
+
+    if (path / CONFIG).is_file():
+        return _adapter(path)
+    return _run(path) if (path / "run.json").is_file() else _checkpoint(path)
+
+
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from lora.io.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(folder)
+    sizes = {name: value for name, value in asdict(checkpoint.spec).items() if value not in (0, None)}
+    layers = Counter(sizes.pop("layer_types"))
+    return {
+        "kind": "checkpoint",
+        "layout": checkpoint.layout,
+        **_contents(checkpoint.tensors),
+        "tied_embeddings": sizes.pop("tie_word_embeddings"),
+        **sizes,
+        "layers": dict(layers),
+        "labels": checkpoint.config.get("id2label"),
+        "files": sorted(file.name for file in folder.iterdir() if file.is_file()),
+    }
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    from lora.io.peft import load_adapter
+
+    config, tensors, metadata = load_adapter(folder)
+    return {
+        "kind": "adapter",
+        "base": config.base_model_name_or_path,
+        "task_type": config.task_type,
+        "rank": config.r,
+        "alpha": config.alpha,
+        "target_modules": config.target_modules,
+        "modules_to_save": list(config.saved_modules) or None,
+        **_contents(tensors),
+        **metadata,
+    }
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    from lora.io.checkpoint import read_json_object
+
+    facts = read_json_object(folder / "run.json")
+    facts.pop("operations", None)  # a table, which `lora doctor` shows better
+    states = sorted(part.name for part in folder.iterdir() if part.is_dir())
+    return {"kind": "run", "states": states, **facts}
+
+
+def _weights_file(path: Path) -> dict[str, Any]:
+    from lora.io.safetensors_file import read_tensors
+
+    tensors = read_tensors(path)
+    return {"kind": "weights", **_contents(tensors), "names": sorted(tensors)}
+
+
+def _contents(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "tensors": len(tensors),
+        "parameters": sum(array.size for array in tensors.values()),
+        "dtypes": dict(Counter(str(array.dtype) for array in tensors.values())),
+    }
+
+
+def _data_file(path: Path) -> dict[str, Any]:
+    from lora.data.rows import read_jsonl
+
+    rows = [row.fields for row in read_jsonl(path)]
+    labels = [row["label"] for row in rows if isinstance(row.get("label"), str | int)]
+    texts = [value for row in rows for key in ("input", "text") if isinstance(value := row.get(key), str)]
+    return {
+        "kind": "data",
+        "rows": len(rows),
+        "fields": _most_common(name for row in rows for name in row),
+        "classes": _most_common(map(str, labels)) if labels else None,
+        "characters": _spread([len(text) for text in texts]) if texts else None,
+    }
+
+
+def _most_common(values: Iterable[str]) -> dict[str, int]:
+    counts = Counter(values)
+    shown = dict(counts.most_common(LISTED))
+    rest = sum(counts.values()) - sum(shown.values())
+    return shown | ({f"{len(counts) - LISTED} more": rest} if rest else {})
+
+
+def _spread(lengths: list[int]) -> dict[str, int]:
+    ordered = sorted(lengths)
+    return {"shortest": ordered[0], "median": ordered[len(ordered) // 2], "longest": ordered[-1]}
+
+
+def _shown(value: Any) -> str | None:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        more = [f"and {len(value) - LISTED} more"] if len(value) > LISTED else []
+        return ", ".join([*map(str, value[:LISTED]), *more])
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else None if value is None else str(value)

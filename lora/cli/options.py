@@ -1,0 +1,37 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+base_option = click.option(
+    "--base", metavar="MODEL", show_default="the one that it names", help="The adapter's base."
+)
+length_option = click.option(
+    "--max-seq-len",
+    type=click.IntRange(1),
+    default=512,
+    help="Tokens of a text, as in training; a longer one keeps its head.",
+)
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float64", "bfloat16"]),
+    default="float32",
+    help="Precision of the arithmetic.",
+)
+
+
+def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --json, which the command receives as `as_json`, and --debug, which `Failures` reads by itself."""
+    command = click.option(
+        "--debug", is_flag=True, expose_value=False, help="Show a traceback with an error."
+    )(command)
+    return click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="Print one JSON document, for errors too, and nothing else on stdout.",
+    )(command)

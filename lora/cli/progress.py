@@ -1,0 +1,143 @@
+"""How a run shows itself while it runs, on stderr: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lora.cli.output import note, note_truncated, print_facts
+from lora.train.callbacks import Callback, EpochDone, Started, StepDone
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+@contextmanager
+def progress(*, quiet: bool = False) -> Iterator[Callback]:
+    """Give the callback for this process's stderr, and leave the terminal as it was."""
+    if quiet:
+        yield Notes()
+    elif not sys.stderr.isatty():
+        yield ProgressLines()
+    else:
+        bar = _bar()
+        try:
+            yield ProgressBar(bar)
+        finally:
+            bar.stop()
+
+
+class Notes(Callback):
+    """Says only what the user must know."""
+
+    def started(self, event: Started) -> None:
+        """Say what another program would read otherwise, and what was cut."""
+        if event.note:
+            note(event.note)
+        note_truncated(event.truncated_rows, event.max_seq_len)
+
+    def said(self, message: str) -> None:
+        """Say it."""
+        note(message)
+
+
+class ProgressLines(Notes):
+    """A line at the start, every few seconds, and after each epoch: for log files."""
+
+    def started(self, event: Started) -> None:
+        """Say what is trained on what."""
+        print_facts(_facts(event), err=True)
+        super().started(event)
+        self._steps, self._begin, self._last = event.total_steps, time.monotonic(), float("-inf")
+
+    def step_done(self, event: StepDone) -> None:
+        """Say where the run stands, unless the last line is fresh."""
+        now = time.monotonic()
+        if now - self._last < SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        left = duration((now - self._begin) / event.step * (self._steps - event.step))
+        click.echo(f"step {event.step}/{self._steps}  {_state(event)}  {left} left", err=True)
+
+    def epoch_done(self, event: EpochDone) -> None:
+        """Say what the epoch brought."""
+        click.echo(_epoch_line(event), err=True)
+
+
+class ProgressBar(Notes):
+    """A bar with loss, learning rate, speed and time left, and a line above it for each epoch."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+
+    def started(self, event: Started) -> None:
+        """Say what is trained on what, and draw the bar."""
+        print_facts(_facts(event), err=True)
+        super().started(event)
+        self._task = self._bar.add_task("", total=event.total_steps, epoch=1, state="")
+        self._bar.start()
+
+    def step_done(self, event: StepDone) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=event.step, epoch=event.epoch, state=_state(event))
+
+    def epoch_done(self, event: EpochDone) -> None:
+        """Write a line above the bar."""
+        self._bar.console.print(_epoch_line(event), highlight=False, markup=False)
+
+    def said(self, message: str) -> None:
+        """Take the bar away and say it."""
+        self._bar.stop()
+        super().said(message)
+
+
+def duration(seconds: float) -> str:
+    """Return `seconds` as a reader wants them: 42 s, 3 min 20 s, 2 h 05 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def _state(event: StepDone) -> str:
+    return f"loss {event.loss:.4f}  lr {event.learning_rate:.2e}  {event.tokens_per_second:,.0f} tokens/s"
+
+
+def _epoch_line(event: EpochDone) -> str:
+    best = "  best so far" if event.best else ""
+    return (
+        f"epoch {event.epoch}: train loss {event.train_loss:.4f}, validation loss {event.val_loss:.4f}, "
+        f"validation accuracy {event.val_accuracy:.2%}, {duration(event.epoch_time_ms / 1000)}{best}"
+    )
+
+
+def _facts(event: Started) -> dict[str, Any]:
+    classes, weights = event.class_names, event.class_weights
+    return {
+        "Task": event.task,
+        "Classes": f"{len(classes)}: {', '.join(classes)}" if classes else None,
+        "Class weights": ", ".join(f"{weight:.3f}" for weight in weights) if weights else None,
+        "Rows": f"{event.train_rows:,} to train on, {event.validation_rows:,} to validate",
+        "Method": f"{event.method}, {event.trainable_parameters:,} trainable parameters",
+        "Steps": f"{event.total_steps:,}",
+        "Output": event.output,
+    }

@@ -1,0 +1,16 @@
+"""What the seed's command line knows and this version has not built: refused by name, never ignored."""
+
+from __future__ import annotations
+
+from lora.errors import UnsupportedError
+
+
+def refuse_apr(*paths: str | None) -> None:
+    """Refuse files of the seed's own format.
+
+    Raises:
+        UnsupportedError: a path ends in .apr.
+    """
+    for path in paths:
+        if path is not None and path.lower().endswith(".apr"):
+            raise UnsupportedError(f"{path}: .apr files are not built in this version; name a folder instead")
