@@ -30,6 +30,17 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     return _from_hub(str(name))
 
 
+def require_path(name: str | os.PathLike[str]) -> None:
+    """Refuse a path that is not there. An id is not looked up: cheaper checks come before a download.
+
+    Raises:
+        MissingFileError: the path does not exist.
+        UnsupportedError: the path is a file of a format that is not read.
+    """
+    if is_path(name):
+        _folder(Path(name))
+
+
 def is_path(name: str | os.PathLike[str]) -> bool:
     """Say whether `name` is a path, and not the id of a checkpoint on the hub."""
     path = Path(name)

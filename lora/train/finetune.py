@@ -20,7 +20,7 @@ from lora.dispatch import choices
 from lora.errors import LoraWarning, MissingFileError, UsageError, WriteError
 from lora.estimate import choose_method, micro_batch_tokens
 from lora.io.checkpoint import read_config
-from lora.io.hub import resolve
+from lora.io.hub import require_path, resolve
 from lora.model.loading import base_name, load
 from lora.model.model import Model
 from lora.spec import ModelSpec, check_named_size, read_spec
@@ -83,7 +83,8 @@ def finetune(
 
 def prepare(config: FinetuneConfig, model: Model | str | Path, data: Path) -> Prepared:
     """Read and check everything but the weights: files, every row, config.json, tokenizer."""
-    folder = model.checkpoint.folder if isinstance(model, Model) else resolve(model)
+    if not isinstance(model, Model):
+        require_path(model)
     if not data.is_file():
         raise MissingFileError(
             f"{data}: expected a JSON Lines file, found {'a folder' if data.is_dir() else 'nothing'}"
@@ -92,6 +93,7 @@ def prepare(config: FinetuneConfig, model: Model | str | Path, data: Path) -> Pr
     if config.method == "head" and config.task != "classify":
         raise UsageError("method = 'head' trains a classifier's head alone: expected task = 'classify'")
     rows = read_data(data, str(config.task), num_classes=config.num_classes)
+    folder = model.checkpoint.folder if isinstance(model, Model) else resolve(model)
     spec = read_spec(read_config(folder))
     if config.model_size is not None:
         check_named_size(spec, config.model_size)
