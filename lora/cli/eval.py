@@ -10,8 +10,10 @@ import click
 from lora.cli.options import base_option, dtype_option, length_option, output_options
 from lora.cli.output import note_truncated, print_facts, print_json, print_table
 from lora.cli.unbuilt import refuse_apr
+from lora.errors import DataError
 
 if TYPE_CHECKING:
+    from lora.data.rows import Row
     from lora.train.classification_metrics import ClassificationMetrics
     from lora.train.evaluate import CausalMetrics
 
@@ -37,17 +39,16 @@ def evaluate(
     """
     refuse_apr(model)
     from lora.data.rows import read_jsonl
-    from lora.io.hub import resolve
+    from lora.io.hub import require_path
     from lora.model.loading import load
     from lora.train.classification_metrics import ClassificationMetrics
     from lora.train.evaluate import evaluate as scores_of
     from lora.train.evaluate import read_examples_for
 
-    resolve(model)
-    read_jsonl(
-        data
-    )  # every line is a row before a weight is read; which labels they may have, the model says
+    require_path(model)
+    rows = read_jsonl(data)  # before a weight is read; which labels they may have, only the model says
     loaded = load(model, base=base, dtype=dtype)
+    _check_fields(rows[0], loaded.is_classifier, model)
     examples = read_examples_for(loaded, Path(data), max_seq_len)
     note_truncated(examples.truncated, max_seq_len)
     scores = scores_of(loaded, examples, batch_size=batch_size)
@@ -59,6 +60,13 @@ def evaluate(
         print_classification(scores)
     else:
         print_causal(scores)
+
+
+def _check_fields(row: Row, is_classifier: bool, model: str) -> None:
+    kind, needed = ("classifier", ("input", "label")) if is_classifier else ("language model", ("text",))
+    if not row.fields.keys() >= set(needed):
+        found, expected = ", ".join(row.fields) or "none", " and ".join(needed)
+        raise DataError(f"{model} is a {kind}: expected rows with {expected}; line {row.line} has {found}")
 
 
 def print_classification(scores: ClassificationMetrics) -> None:

@@ -47,10 +47,10 @@ def predict(
     refuse_apr(model)
     if texts and data is not None:
         raise UsageError("texts come from the arguments or from --data, not from both")
-    from lora.io.hub import resolve
+    from lora.io.hub import require_path
     from lora.model.loading import load
 
-    resolve(model)
+    require_path(model)
     read = _read(texts, data)
     loaded = load(model, base=base, dtype=dtype)
     predictions, truncated = predict_texts(loaded, read, max_seq_len)
