@@ -12,7 +12,7 @@ import numpy as np
 from lora.data.causal import CausalData, read_texts
 from lora.data.classify import ClassifyData, read_examples
 from lora.data.packed import Packed, pack, pack_causal
-from lora.data.rows import read_jsonl
+from lora.data.rows import scan_jsonl
 from lora.data.tokenizer import Tokenizer
 from lora.errors import DataError
 
@@ -49,12 +49,17 @@ class Examples:
 
 
 def detect_task(path: Path) -> str:
-    """Return the task that the fields of the first row of `path` ask for.
+    """Return the task that the fields of the first good row of `path` ask for.
+
+    Rows that are bad are left to `read_data`, which lists them together with those that lack a field.
 
     Raises:
         DataError: no field names a task.
     """
-    fields = read_jsonl(path)[0].fields
+    rows, problems = scan_jsonl(path)
+    if not rows:
+        problems.raise_any()
+    fields = rows[0].fields
     for field, task in TASKS_BY_FIELD.items():
         if field in fields:
             return task
