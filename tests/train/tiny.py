@@ -1,0 +1,56 @@
+"""Tiny models to train: every case gets a fresh one, from checkpoints that are written once."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora.io.lora_config import LoraConfig
+from lora.model.loading import load
+from lora.model.model import Model
+from tests.harness.models import TINY_QWEN2, write_model
+
+VOCABULARY = TINY_QWEN2["vocab_size"]
+CLASSES = 3
+BOUNDS = {"float64": 1e-12, "float32": 2e-5}  # norm-wise
+
+
+@cache
+def base() -> Path:
+    """Return the folder of a checkpoint of two layers."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return write_model(folder / "base", TINY_QWEN2 | {"num_hidden_layers": 2})
+
+
+def untrained(*, classify: bool, dtype: str = "float64", targets: Any = "all-linear", seed: int = 1) -> Model:
+    """Return a model with an adapter at its start: B is zero."""
+    model = load(base(), dtype=dtype, num_labels=CLASSES if classify else None)
+    model.add_adapter(LoraConfig(r=2, target_modules=targets), seed=seed)
+    return model
+
+
+def trained(*, classify: bool, dtype: str = "float64", targets: Any = "all-linear") -> Model:
+    """Return a model whose B's are random, so that every gradient is alive."""
+    model = untrained(classify=classify, dtype=dtype, targets=targets)
+    rng = np.random.default_rng(2)
+    for name, array in model.trainable().items():
+        if "lora_B" in name:
+            array[...] = 0.2 * rng.standard_normal(array.shape)
+    return model
+
+
+class Recorder:
+    """Stands in for the optimizer: keeps what a step hands over, and moves nothing."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, np.ndarray] | None = None
+
+    def step(self, gradients: dict[str, np.ndarray], lr: float | None = None) -> None:
+        self.gradients = {name: gradient.copy() for name, gradient in gradients.items()}
