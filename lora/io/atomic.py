@@ -36,6 +36,16 @@ def write_atomically(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in UTF-8, whole or not at all.
+
+    Raises:
+        WriteError: the file could not be written.
+    """
+    with write_atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def replace_folder(folder: Path, *, owns: tuple[str, ...] = ("*",)) -> Iterator[Path]:
     """Give an empty folder beside `folder`, which takes the place of `folder` at the end.

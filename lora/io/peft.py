@@ -9,7 +9,7 @@ Source: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from lora.io.atomic import replace_folder
 from lora.io.checkpoint import read_json_object
 from lora.io.lora_config import LoraConfig
 from lora.io.safetensors_file import read_tensors, write_tensors
-from lora.io.targets import SHORTHANDS, FactorSizes
+from lora.io.targets import SHORTHANDS
 from lora.spec import canonical_name, layout_of, stored_name
 
 CONFIG = "adapter_config.json"
@@ -59,34 +59,14 @@ def parse_peft_name(name: str, layout: str = "text") -> tuple[str, str]:
     raise AdapterError(f"{name!r}: expected {_PREFIX}<module> and one of {', '.join(_KINDS)}")
 
 
-def adapter_layout(names: Iterable[str]) -> str:
-    """Return the layout that an adapter's names on disk are written in."""
-    return layout_of(name.removeprefix(_PREFIX) for name in names)
+def in_layout(tensors: Mapping[str, Array], layout: str) -> dict[str, Array]:
+    """Return `tensors` by the names that they have beside a base of `layout`, whatever they are named for.
 
-
-def adapter_shapes(
-    factors: Mapping[str, FactorSizes],
-    modules: Mapping[str, tuple[int, int]],
-    saved: Mapping[str, tuple[int, ...]],
-    layout: str = "text",
-) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of an adapter, by its name on disk.
-
-    Args:
-        factors: the adapters by canonical module name, from `match_targets`.
-        modules: (O, I) by canonical module name.
-        saved: shapes of the tensors that are saved whole, by canonical tensor name such as `score.weight`.
-        layout: the layout of the base.
+    Raises:
+        AdapterError: a name is no adapter's.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, sizes in factors.items():
-        rows, columns = modules[name]
-        shapes[peft_name(name, "lora_A.weight", layout)] = (sizes.r, columns)
-        shapes[peft_name(name, "lora_B.weight", layout)] = (rows, sizes.r)
-    for name, shape in saved.items():
-        module, _, kind = name.rpartition(".")
-        shapes[peft_name(module, kind, layout)] = shape
-    return shapes
+    found = layout_of(name.removeprefix(_PREFIX) for name in tensors)
+    return {peft_name(*parse_peft_name(name, found), layout): array for name, array in tensors.items()}
 
 
 def check_tensors(tensors: Mapping[str, Array], expected: Mapping[str, tuple[int, ...]]) -> None:

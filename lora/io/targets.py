@@ -6,7 +6,7 @@ Source: PEFT's documentation of target_modules, rank_pattern and layers_to_trans
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from math import sqrt
 from typing import Any, NamedTuple
@@ -49,7 +49,7 @@ def match_targets(
     names = {name: stored_name(name, layout) for name in modules}
     targets = _targets(config, modules)
     matched = {name: seen for name, seen in names.items() if _is_target(config, targets, seen)}
-    _refuse_idle(config, targets, matched.values())
+    _refuse_idle(config, targets, names.values(), matched.values())
     return {name: _sizes(config, seen) for name, seen in matched.items()}
 
 
@@ -95,11 +95,12 @@ def _in_chosen_layer(config: LoraConfig, name: str) -> bool:
     return False
 
 
-def _refuse_idle(config: LoraConfig, targets: tuple[str, ...] | str, matched: Iterable[str]) -> None:
-    matched = tuple(matched)
+def _refuse_idle(
+    config: LoraConfig, targets: tuple[str, ...] | str, names: Collection[str], matched: Collection[str]
+) -> None:
+    """Refuse a target that names none of the modules `names`, and a pattern that fits none of the `matched`."""
     listed = (targets,) if isinstance(targets, str) else targets
-    hit = {target for name in matched for target in _names(targets, name)}
-    idle = [f"target {target!r}" for target in listed if target not in hit]
+    idle = [f"target {t!r}" for t in listed if not any(t in _names(targets, name) for name in names)]
     for key in ("rank_pattern", "alpha_pattern"):
         patterns: Mapping[str, Any] = getattr(config, key)
         idle += [f"{key} {p!r}" for p in patterns if not any(_pattern_matches(p, n) for n in matched)]
