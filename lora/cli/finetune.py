@@ -144,7 +144,10 @@ def _inputs(config: FinetuneConfig, model: str | None, data: str | None) -> Inpu
     if config.model_size is not None:
         from lora.spec import size_hub
 
-        model = size_hub(config.model_size) if model is None else model
+        hub_id = size_hub(
+            config.model_size
+        )  # a size that no contract knows is refused before anything is read
+        model = hub_id if model is None else model
     if model is None and data is None and config.task == "classify":
         return _embedded()
     if data is None:

@@ -1,0 +1,51 @@
+"""What the installation says of itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lora.backend import blas_facts
+from lora.cli.doctor import _advice
+from lora.dispatch import Ops
+
+
+def test_it_names_what_decides_bits_and_speed(lora) -> None:
+    document = lora("doctor", "--json").document
+    assert document["packages"]["numpy"] == np.__version__
+    assert document["blas"] == blas_facts()
+    assert [choice["operation"] for choice in document["operations"]] == list(Ops._fields)
+    assert all(choice["reason"] for choice in document["operations"])
+    assert 0 < document["memory_gb"]["available"] <= document["memory_gb"]["total"]
+    assert document["cupy"] is None or "cupy" in document["cupy"]
+
+
+def test_text_has_a_line_for_each_fact(lora, monkeypatch) -> None:
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+    outcome = lora("doctor")
+    assert (outcome.exit_code, outcome.err) == (0, "")
+    for said in ("BLAS:", "OPENBLAS_NUM_THREADS 2", "CuPy:", "Hub offline:", "rmsnorm", "NumPy on the host"):
+        assert said in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("core", "features", "setting", "advised"),
+    [
+        ("Haswell", ["X86_V3", "X86_V4"], None, True),
+        ("Zen", ["AVX512F"], None, True),
+        ("Haswell", ["X86_V3"], None, False),
+        ("SkylakeX", ["X86_V4"], None, False),
+        ("Haswell", ["X86_V4"], "Haswell", False),
+        (None, ["X86_V4"], None, False),
+    ],
+)
+def test_a_slow_core_is_told_unless_it_was_chosen(
+    monkeypatch, core: str | None, features: list[str], setting: str | None, advised: bool
+) -> None:
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    if setting:
+        monkeypatch.setenv("OPENBLAS_CORETYPE", setting)
+    advice = _advice({"core": core}, features)
+    assert (advice is not None) is advised
+    if advised:
+        assert "OPENBLAS_CORETYPE=SkylakeX" in advice

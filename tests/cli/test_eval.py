@@ -1,0 +1,111 @@
+"""Scores from the command line, for adapters, merges and language models."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora.model.loading import load
+from lora.train.evaluate import evaluate, read_examples_for
+from tests.cli.conftest import LABELLED
+from tests.data.files import write_jsonl
+
+
+def test_json_holds_every_score_of_the_library(lora, adapter, rows) -> None:
+    outcome = lora("eval", adapter, "--data", rows, "--json")
+    assert (outcome.exit_code, outcome.err) == (0, "")
+    model = load(adapter)
+    scores = evaluate(model, read_examples_for(model, rows, 512)).as_dict()
+    document = outcome.document
+    assert (document["status"], document["task"], document["truncated_rows"]) == ("evaluated", "classify", 0)
+    assert {name: document[name] for name in scores} == json_values(scores)
+
+
+def json_values(value):
+    """Return `value` with its tuples as the lists that JSON makes of them."""
+    if isinstance(value, dict):
+        return {name: json_values(item) for name, item in value.items()}
+    return [json_values(item) for item in value] if isinstance(value, tuple) else value
+
+
+def test_text_shows_each_class_and_the_baseline(lora, adapter, rows) -> None:
+    outcome = lora("eval", adapter, "--data", rows)
+    assert outcome.exit_code == 0
+    for said in (
+        "Precision",
+        "Recall",
+        "F1",
+        "Support",
+        "Confusion matrix",
+        "Accuracy:",
+        "Macro-F1:",
+        "(10 bins)",
+    ):
+        assert said in outcome.out
+    assert "accuracy 0.5000, macro-F1 0.3333 (always bad)" in outcome.out
+
+
+def test_a_file_of_one_class_is_scored_by_the_names_of_the_adapter(lora, adapter, tmp_path) -> None:
+    only_good = [row for row in LABELLED if row["label"] == "good"]
+    data = write_jsonl(tmp_path / "good.jsonl", only_good)
+    support = {
+        score["name"]: score["support"]
+        for score in lora("eval", adapter, "-d", data, "--json").document["per_class"]
+    }
+    assert support == {"bad": 0, "good": 10}
+
+
+def test_a_language_model_is_scored_by_its_loss(lora, base, texts) -> None:
+    document = lora("eval", base, "-d", texts, "--json").document
+    model = load(base)
+    expected = evaluate(model, read_examples_for(model, texts, 512)).as_dict()
+    assert {name: document[name] for name in expected} == expected
+    outcome = lora("eval", base, "-d", texts)
+    for said in ("Tokens:", "nats per token", "Perplexity:", "Token accuracy:"):
+        assert said in outcome.out
+
+
+def test_cut_texts_are_counted_and_said(lora, adapter, rows) -> None:
+    outcome = lora("eval", adapter, "-d", rows, "--max-seq-len", "6", "--json")
+    assert outcome.document["truncated_rows"] == len(LABELLED)
+    assert outcome.err == f"note: {len(LABELLED)} texts are longer than 6 tokens and keep their head\n"
+
+
+def test_the_base_of_an_adapter_can_be_named(lora, adapter, own_base, rows) -> None:
+    (own_base / "model.safetensors").unlink()
+    assert lora("eval", adapter, "--base", own_base, "-d", rows).exit_code == 6
+    assert lora("eval", own_base, "--base", own_base, "-d", rows).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "row", "said"),
+    [
+        ("adapter", {"text": "a"}, "is a classifier: expected rows with input and label; line 1 has text"),
+        ("base", {"input": "a", "label": "good"}, "is a language model: expected rows with text"),
+        ("adapter", {"input": "a", "label": "ugly"}, "'ugly' at line 1 is none of the classes bad, good"),
+        (
+            "adapter",
+            {"input": "a", "label": 2},
+            "F-CLASS-002: label 2 at line 1 out of range (num_classes=2)",
+        ),
+    ],
+)
+def test_rows_that_the_model_does_not_know_are_refused(
+    lora, base, adapter, tmp_path, model: str, row: dict, said: str
+) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [row])
+    outcome = lora("eval", {"base": base, "adapter": adapter}[model], "-d", data)
+    assert outcome.exit_code == 5
+    assert said in outcome.err
+
+
+def test_checks_come_in_order(lora, own_base, tmp_path) -> None:
+    data = tmp_path / "rows.jsonl"
+    assert lora("eval", tmp_path / "nothing", "-d", data).exit_code == 3
+    (own_base / "config.json").write_text("{")
+    assert lora("eval", own_base, "-d", data).exit_code == 3
+    data.write_text("{")
+    assert lora("eval", own_base, "-d", data).exit_code == 5
+    write_jsonl(data, LABELLED)
+    assert lora("eval", own_base, "-d", data).exit_code == 4
+    assert lora("eval", "model.apr", "-d", data).exit_code == 5
+    assert lora("eval", own_base, "-d", data, "--batch-size", "0").exit_code == 2

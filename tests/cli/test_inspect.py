@@ -1,0 +1,84 @@
+"""What a path is, told from its content."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora.model.loading import load
+from tests.cli.conftest import CONFIG
+
+
+def test_a_checkpoint(lora, base) -> None:
+    document = lora("inspect", base, "--json").document
+    parameters = load(base).parameters.weights
+    assert (document["kind"], document["family"], document["layout"]) == ("checkpoint", "qwen2", "text")
+    assert document["tensors"] == len(parameters)
+    assert document["parameters"] == sum(array.size for array in parameters.values())
+    assert document["dtypes"] == {"float32": len(parameters)}
+    assert document["tied_embeddings"] is True
+    assert {name: document[name] for name in ("hidden_size", "vocab_size", "num_hidden_layers")} == {
+        name: CONFIG[name] for name in ("hidden_size", "vocab_size", "num_hidden_layers")
+    }
+    assert document["files"] == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    outcome = lora("inspect", base)
+    for line in ("Kind:", "Hidden size:", "Tied embeddings:         yes", f"{document['parameters']:,}"):
+        assert line in outcome.out
+
+
+def test_an_adapter(lora, adapter, base) -> None:
+    document = lora("inspect", adapter, "--json").document
+    assert (document["kind"], document["base"], document["rank"], document["alpha"]) == (
+        "adapter",
+        str(base),
+        16,
+        32,
+    )
+    assert document["class_names"] == ["bad", "good"]
+    assert sorted(document["target_modules"]) == ["q_proj", "v_proj"]
+    assert document["tensors"] == 2 * 6 + 1
+
+
+def test_a_run(lora, adapter, base) -> None:
+    document = lora("inspect", adapter.parent, "--json").document
+    assert (document["kind"], document["base"]) == ("run", str(base))
+    assert document["states"] == ["best", "epoch-1"]
+
+
+def test_a_data_file(lora, rows) -> None:
+    document = lora("inspect", rows, "--json").document
+    assert (document["kind"], document["rows"]) == ("data", 20)
+    assert document["fields"] == {"input": 20, "label": 20}
+    assert document["classes"] == {"bad": 10, "good": 10}
+    # "bad news, number 0" to "good news, number 19"
+    assert document["characters"] == {"shortest": 18, "median": 19, "longest": 20}
+
+
+def test_a_data_file_of_many_classes_is_cut_and_counted(lora, tmp_path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(f'{{"input": "x", "label": {i}}}\n' for i in range(25)))
+    classes = lora("inspect", data, "--json").document["classes"]
+    assert len(classes) == 21
+    assert classes["5 more"] == 5
+
+
+def test_a_weights_file(lora, base) -> None:
+    document = lora("inspect", base / "model.safetensors", "--json").document
+    assert document["kind"] == "weights"
+    assert "model.norm.weight" in document["names"]
+    assert document["tensors"] == len(document["names"])
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_what_is_none_of_these(lora, tmp_path, as_json: bool) -> None:
+    flags = ["--json"] if as_json else []
+    assert lora("inspect", tmp_path / "nothing", *flags).exit_code == 3
+    assert lora("inspect", tmp_path, *flags).exit_code == 6
+    (tmp_path / "a.bin").write_bytes(b"\xff\xfe")
+    assert lora("inspect", tmp_path / "a.bin", *flags).exit_code == 5
+    (tmp_path / "a.safetensors").write_bytes(b"\xff\xfe")
+    assert lora("inspect", tmp_path / "a.safetensors", *flags).exit_code == 4
