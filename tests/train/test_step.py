@@ -90,7 +90,7 @@ def one_by_one(model: Model, rows: Rows, case: Case) -> tuple[float, dict[str, n
 def assert_same(found: dict[str, Any], expected: dict[str, Any], dtype: str) -> None:
     """Hold the error of each tensor against the norm of the whole gradient.
 
-    Not against its own norm: the gradient of q and k can be an exact zero, of which rounding leaves something.
+    Not against its own norm: the gradient of q and k can be an exact zero, of which rounding leaves some.
     """
     assert found.keys() == expected.keys()
     joint = np.linalg.norm([np.linalg.norm(gradient) for gradient in expected.values()])
