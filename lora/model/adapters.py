@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lora.backend import Array, named_stream
-from lora.errors import AdapterError
+from lora.errors import AdapterError, UnsupportedError
 from lora.io.lora_config import LoraConfig
 from lora.io.peft import check_tensors
 from lora.io.targets import match_targets
@@ -22,6 +22,7 @@ def new_adapter(parameters: Parameters, spec: ModelSpec, config: LoraConfig, see
     Each A is drawn from `seed` and the name of its module: a new target moves no other's numbers.
     """
     config.validate()
+    _refuse_embedding_that_is_the_head(parameters, config)
     modules = adaptable_modules(spec)
     factors: dict[str, Factors] = {}
     for module, target in match_targets(config, modules, layout=parameters.layout).items():
@@ -53,6 +54,17 @@ def _initial(config: LoraConfig, rng: np.random.Generator, shape: tuple[int, int
         return (rng.standard_normal(shape) / r).astype(np.float32)
     # PEFT's default: kaiming_uniform with a = √5 is uniform in ±1/√I
     return rng.uniform(-1, 1, shape).astype(np.float32) / np.float32(inputs**0.5)
+
+
+def _refuse_embedding_that_is_the_head(parameters: Parameters, config: LoraConfig) -> None:
+    saved = config.saved_modules
+    tied = "lm_head.weight" not in parameters.weights and "lm_head" not in saved
+    if tied and "embed_tokens" in saved and config.task_type != "SEQ_CLS":
+        # PEFT trains the embedding apart from the head it is tied to: the same file would mean two models
+        raise UnsupportedError(
+            "modules_to_save: embed_tokens is the output head as well in this model (tie_word_embeddings); "
+            "name lm_head beside it, so that each is trained as its own copy"
+        )
 
 
 def _copies(parameters: Parameters, config: LoraConfig) -> dict[str, Array]:
