@@ -12,112 +12,104 @@ an unexpected name, and that both give our logits.
 from __future__ import annotations
 
 import sys
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-import make_qwen2
-import make_qwen3_5
 import numpy as np
 import torch
-from cases import Batch, causal_batch, classifier_batch
+from agreement import TOLERANCE, our_logits, require, require_same_logits, require_visible, run, their_logits
+from cases import Batch
+from families import NUM_LABELS, QWEN2, QWEN3_5, Family
 from peft import PeftModel, get_peft_model_state_dict
-from recorder import Initializer, randomize
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
     Qwen3_5Config,
-    Qwen3_5ForCausalLM,
     Qwen3_5ForConditionalGeneration,
-    Qwen3_5TextForSequenceClassification,
 )
 
 import lora
+from lora.io.checkpoint import open_checkpoint
+from lora.io.save_checkpoint import save_checkpoint
 
-TOLERANCE = 1e-5  # norm of the difference over the norm; float32 runs of such models differ by about 1e-6
 STEPS = 5
-NUM_LABELS = 3
-LENGTHS = (9, 70, 4)
-
-
-class Family(NamedTuple):
-    """How to make tiny random models of one family."""
-
-    causal: type[PreTrainedModel]
-    classifier: type[PreTrainedModel]
-    small_config: Callable[..., PreTrainedConfig]
-    initializer: Initializer
-    vocab_size: int
-    pad_token_id: int
-
-    def config(self, **changes: object) -> PreTrainedConfig:
-        """Sizes of the golden cases, with a pad token, which Transformers' classifiers need."""
-        return self.small_config(pad_token_id=self.pad_token_id, **changes)
-
-    def write_base(self, model: PreTrainedModel, folder: Path) -> Path:
-        """Draw the model's weights, save it as Transformers does, and return the folder."""
-        randomize(model, self.initializer, torch.Generator().manual_seed(3))
-        model.save_pretrained(folder)
-        return folder
-
-    def causal_rows(self) -> Batch:
-        """Padded rows with next-token labels."""
-        return causal_batch(LENGTHS, vocab_size=self.vocab_size, pad_token_id=self.pad_token_id, seed=1)
-
-    def labelled_rows(self) -> Batch:
-        """Padded rows with a class each."""
-        vocabulary = {"vocab_size": self.vocab_size, "pad_token_id": self.pad_token_id}
-        return classifier_batch(LENGTHS, num_labels=NUM_LABELS, **vocabulary, seed=2)
-
-
-QWEN2 = Family(
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
-    make_qwen2.small_config,
-    make_qwen2.initial_value,
-    make_qwen2.VOCAB,
-    make_qwen2.PAD,
-)
-QWEN3_5 = Family(
-    Qwen3_5ForCausalLM,
-    Qwen3_5TextForSequenceClassification,
-    make_qwen3_5.small_config,
-    make_qwen3_5.initial_value,
-    make_qwen3_5.VOCAB,
-    make_qwen3_5.PAD,
-)
+SHARD_BYTES = 20_000  # several files for the smallest model
+# what storing the merged weights may change in our logits; bfloat16 keeps 8 bits of each
+MERGE_ROUNDING = {torch.float32: TOLERANCE, torch.bfloat16: 0.05}
 
 
 def check_tied(family: Family, folder: Path) -> None:
     """Query and value adapters over a base whose head is its embedding."""
-    base = family.write_base(family.causal(family.config(tie_word_embeddings=True)), folder / "base")
-    check_exports(lora.load(base), AutoModelForCausalLM, base, "qv", family.causal_rows())
+    base = family.write_causal_base(folder / "base", tie_word_embeddings=True)
+    check_exports(lora.load(base), AutoModelForCausalLM, base, settings("qv"), family.causal_rows())
 
 
 def check_untied(family: Family, folder: Path) -> None:
     """Adapters everywhere over a base with a head of its own."""
-    base = family.write_base(family.causal(family.config(tie_word_embeddings=False)), folder / "base")
-    check_exports(lora.load(base), AutoModelForCausalLM, base, "all-linear", family.causal_rows())
+    base = family.write_causal_base(folder / "base", tie_word_embeddings=False)
+    check_exports(lora.load(base), AutoModelForCausalLM, base, settings("all-linear"), family.causal_rows())
+
+
+def check_patterns(family: Family, folder: Path) -> None:
+    """Every setting that changes a rank or a scale, and targets by regex."""
+    base = family.write_causal_base(folder / "base")
+    config = settings(
+        r".*\.(q_proj|down_proj)",
+        rank_pattern={"q_proj": 2},
+        alpha_pattern={"layers.0.mlp.down_proj": 11},
+        exclude_modules=r".*layers\.1\.mlp\.down_proj",
+        use_rslora=True,
+    )
+    check_exports(lora.load(base), AutoModelForCausalLM, base, config, family.causal_rows())
+
+
+def check_trained_head(family: Family, folder: Path) -> None:
+    """The output head trained whole, without and with the embedding that it has been until then."""
+    for number, modules in enumerate((["lm_head"], ["embed_tokens", "lm_head"])):
+        base = family.write_causal_base(folder / str(number) / "base", tie_word_embeddings=True)
+        config = settings("qv", modules_to_save=modules)
+        check_exports(lora.load(base), AutoModelForCausalLM, base, config, family.causal_rows())
+
+
+def check_bfloat16(family: Family, folder: Path) -> None:
+    """A base stored in bfloat16, as the published ones are: the merge stays in it, rounded once."""
+    model = family.causal(family.config()).to(torch.bfloat16)
+    base = family.write_base(model, folder / "base")
+    check_exports(lora.load(base), AutoModelForCausalLM, base, settings("all-linear"), family.causal_rows())
+
+
+def check_shards(family: Family, folder: Path) -> None:
+    """A base in several files, and a merge that we write in several."""
+    base = family.write_base(
+        family.causal(family.config(tie_word_embeddings=False)), folder / "base", max_shard_size=SHARD_BYTES
+    )
+    batch = family.causal_rows()
+    check_exports(lora.load(base), AutoModelForCausalLM, base, settings("qv"), batch)
+    merged, sharded = open_checkpoint(folder / "merged"), folder / "sharded"
+    save_checkpoint(
+        sharded, merged.tensors, merged.config, source_folder=merged.folder, shard_bytes=SHARD_BYTES
+    )
+    for written in (base, sharded):
+        require(len(list(written.glob("model-*.safetensors"))) > 1, f"{written.name} is a single file")
+    expected = our_logits(lora.load(merged.folder), batch)
+    require_checkpoint(
+        "the sharded checkpoint in Transformers", AutoModelForCausalLM, sharded, batch, expected
+    )
 
 
 def check_new_head(family: Family, folder: Path) -> None:
     """A head that we added to a causal base, in the form that Transformers computes: last token, no bias."""
-    base = family.write_base(family.causal(family.config(num_labels=NUM_LABELS)), folder / "base")
+    base = family.write_causal_base(folder / "base", num_labels=NUM_LABELS)
     ours = lora.load(base, num_labels=NUM_LABELS, pooling="last", head_bias=False)
-    check_exports(ours, AutoModelForSequenceClassification, base, "qv", family.labelled_rows())
+    check_exports(ours, AutoModelForSequenceClassification, base, settings("qv"), family.labelled_rows())
 
 
 def check_transformers_head(family: Family, folder: Path) -> None:
     """A classification checkpoint of Transformers' own, whose head we must take as it is."""
     base = family.write_base(family.classifier(family.config(num_labels=NUM_LABELS)), folder / "base")
-    check_exports(lora.load(base), AutoModelForSequenceClassification, base, "qv", family.labelled_rows())
+    batch = family.labelled_rows()
+    check_exports(lora.load(base), AutoModelForSequenceClassification, base, settings("qv"), batch)
 
 
 def check_multimodal_layout(family: Family, folder: Path) -> None:
@@ -131,38 +123,54 @@ def check_multimodal_layout(family: Family, folder: Path) -> None:
         attn_implementation="eager",
     )
     base = family.write_base(Qwen3_5ForConditionalGeneration(config), folder / "base")
-    check_exports(lora.load(base), AutoModelForImageTextToText, base, "qv", family.causal_rows())
+    check_exports(lora.load(base), AutoModelForImageTextToText, base, settings("qv"), family.causal_rows())
     require_vision_tower_kept(base, folder / "merged")
 
 
-CHECKS_OF_BOTH = (check_tied, check_untied, check_new_head, check_transformers_head)
+CHECKS_OF_BOTH = (
+    check_tied,
+    check_untied,
+    check_patterns,
+    check_trained_head,
+    check_bfloat16,
+    check_shards,
+    check_new_head,
+    check_transformers_head,
+)
 CHECKS = {
     "qwen2": [(QWEN2, check) for check in CHECKS_OF_BOTH],
     "qwen3_5": [(QWEN3_5, check) for check in (*CHECKS_OF_BOTH, check_multimodal_layout)],
 }
 
 
-def check_exports(ours: lora.Model, auto_class: type, base: Path, target_modules: str, batch: Batch) -> None:
+def settings(target_modules: str, **fields: object) -> lora.LoraConfig:
+    """An adapter of rank 4 and alpha 6: alpha / r is neither 1 nor a power of two."""
+    return lora.LoraConfig(r=4, lora_alpha=6, target_modules=target_modules, **fields)
+
+
+def check_exports(
+    ours: lora.Model, auto_class: type, base: Path, config: lora.LoraConfig, batch: Batch
+) -> None:
     """Train, save, merge and save `ours`, and require PEFT's and Transformers' agreement with it."""
-    before = logits_of(ours, batch)
-    ours.add_adapter(lora.LoraConfig(r=4, lora_alpha=6, target_modules=target_modules), seed=4)
+    before = our_logits(ours, batch)
+    ours.add_adapter(config, seed=4)
     train(ours, batch)
-    expected = logits_of(ours, batch)
-    require(relative_difference(before, expected) > 0.01, "training changed nothing that a check could see")
+    adapted = our_logits(ours, batch)
+    require_visible(before, adapted)
 
     adapter = base.with_name("adapter")
     ours.save_adapter(adapter)
-    theirs = PeftModel.from_pretrained(auto_class.from_pretrained(base), str(adapter))
+    theirs = PeftModel.from_pretrained(auto_class.from_pretrained(base, dtype=torch.float32), str(adapter))
     require_every_tensor_loaded(theirs, adapter)
-    require_same_logits("the adapter in PEFT", theirs, batch, expected)
+    require_same_logits("the adapter in PEFT", their_logits(theirs, batch), adapted)
 
     ours.merge_adapter()
-    merged = base.with_name("merged")
+    merged, expected = base.with_name("merged"), our_logits(ours, batch)
+    rounding = MERGE_ROUNDING[next(iter(stored_tensors(base).values())).dtype]
+    require_same_logits("our merge", expected, adapted, tolerance=rounding)
     ours.save(merged)
-    theirs, loading = auto_class.from_pretrained(merged, output_loading_info=True)
-    wrong = {kind: names for kind, names in loading.items() if names}
-    require(not wrong, f"Transformers found fault with the names of the merged checkpoint: {wrong}")
-    require_same_logits("the merged checkpoint in Transformers", theirs, batch, expected)
+    require_checkpoint("the merged checkpoint in Transformers", auto_class, merged, batch, expected)
+    require_same_dtypes(base, merged)
 
 
 def train(ours: lora.Model, batch: Batch) -> None:
@@ -175,65 +183,44 @@ def train(ours: lora.Model, batch: Batch) -> None:
         optimizer.step(gradients)
 
 
-def logits_of(ours: lora.Model, batch: Batch) -> np.ndarray:
-    """Our logits at the positions that are not padding, [N, V], or a classifier's, [B, C]."""
-    return counted(np.asarray(ours(batch.input_ids.numpy(), batch.attention_mask.numpy())), batch)
-
-
-def counted(logits: np.ndarray, batch: Batch) -> np.ndarray:
-    """A causal model's logits where the mask is 1, a classifier's as they are."""
-    return logits[batch.attention_mask.numpy() == 1] if logits.ndim == 3 else logits
-
-
 def require_every_tensor_loaded(theirs: PeftModel, adapter: Path) -> None:
     """Fail unless PEFT would save the very file again: of a name that it does not find it only warns."""
     written = load_file(adapter / "adapter_model.safetensors")
     loaded = get_peft_model_state_dict(theirs, save_embedding_layers=False)
     require(written.keys() == loaded.keys(), f"names differ: {sorted(written.keys() ^ loaded.keys())}")
-    wrong = [name for name, tensor in written.items() if not np.array_equal(tensor, loaded[name].numpy())]
+    wrong = [name for name, tensor in written.items() if not torch.equal(tensor, loaded[name])]
     require(not wrong, f"PEFT did not load the values of {wrong}")
 
 
-def require_same_logits(what: str, theirs: torch.nn.Module, batch: Batch, expected: np.ndarray) -> None:
-    """Fail unless `theirs` gives the expected logits on `batch`."""
-    with torch.no_grad():
-        output = theirs.eval()(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )
-    difference = relative_difference(counted(output.logits.numpy(), batch), expected)
-    require(difference < TOLERANCE, f"{what}: logits differ by {difference:.1e}, allowed {TOLERANCE:.0e}")
-    print(f"  {what}: logits differ by {difference:.1e}")
+def require_checkpoint(what: str, auto_class: type, folder: Path, batch: Batch, expected: np.ndarray) -> None:
+    """Fail unless Transformers loads every tensor of the checkpoint, misses none, and gives the logits."""
+    theirs, loading = auto_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    wrong = {kind: names for kind, names in loading.items() if names}
+    require(not wrong, f"Transformers found fault with the names in {folder.name}: {wrong}")
+    require_same_logits(what, their_logits(theirs, batch), expected)
+
+
+def require_same_dtypes(base: Path, merged: Path) -> None:
+    """Fail unless every tensor that the base stored is stored in the same dtype still."""
+    before, after = stored_tensors(base), stored_tensors(merged)
+    wrong = [name for name in before.keys() & after.keys() if before[name].dtype != after[name].dtype]
+    require(not wrong, f"the merge changed the dtypes of {sorted(wrong)}")
 
 
 def require_vision_tower_kept(base: Path, merged: Path) -> None:
     """Fail unless every vision tensor came through the merge bit for bit."""
-    before, after = (load_file(folder / "model.safetensors") for folder in (base, merged))
+    before, after = stored_tensors(base), stored_tensors(merged)
     vision = [name for name in before if ".visual." in name]
     require(bool(vision), "the base of this check has no vision tower")
-    wrong = [name for name in vision if not np.array_equal(before[name], after[name])]
+    wrong = [name for name in vision if not torch.equal(before[name], after[name])]
     require(not wrong, f"the merge changed {wrong}")
 
 
-def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
-    """||actual - expected|| / ||expected||."""
-    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
-
-
-def require(condition: bool, message: str) -> None:
-    """Fail with `message` unless `condition`."""
-    if not condition:
-        raise AssertionError(message)
-
-
-def main(names: list[str]) -> None:
-    """Run every check of the named families, or of all."""
-    torch.set_num_threads(2)
-    for name in names or CHECKS:
-        for family, check in CHECKS[name]:
-            print(f"{name}: {check.__name__}")
-            with tempfile.TemporaryDirectory() as folder:
-                check(family, Path(folder))
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, by its name on disk."""
+    files = [load_file(path) for path in sorted(folder.glob("model*.safetensors"))]
+    return {name: tensor for tensors in files for name, tensor in tensors.items()}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(CHECKS, sys.argv[1:])

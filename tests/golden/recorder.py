@@ -22,11 +22,13 @@ from cases import Batch, Case
 from float64_judge import check_that_the_guard_bites, float64_only
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.numpy import load_file
+from summation_orders import reordered
 from transformers import PreTrainedModel
 
 FOLDER = Path(__file__).parent
 TRAJECTORY_STEPS = 25
 WEIGHT_DECAY = 0.01
+SUMMATION_ORDERS = 8  # in which float32 is run, to record its largest error and not a lucky one
 
 Arrays = dict[str, np.ndarray]
 # (parameter name, shape, generator) -> float32 values
@@ -110,14 +112,25 @@ def _batch_arrays(batch: Batch) -> Arrays:
 
 def _results(case: Case, state: dict[str, torch.Tensor]) -> Arrays:
     exact = _evaluated(case, state, in_float64=True)
-    rounded = _evaluated(case, state, in_float64=False)
-    arrays = _flattened(exact)
-    errors = {
-        f"float32_error/{key}": _relative_error(value, arrays[key])
-        for key, value in _flattened(rounded).items()
-    }
     _require_informative_gradients(exact.gradients)
-    return arrays | errors
+    errors = [_float32_errors(case, state, exact)]
+    for seed in range(1, SUMMATION_ORDERS):
+        other = _reordered(case, state, seed)
+        other_exact = _evaluated(case, other, in_float64=True)
+        _require_same_logits(other_exact, exact)
+        errors.append(_float32_errors(case, other, other_exact))
+    largest = {f"float32_error/{key}": np.max([drawn[key] for drawn in errors]) for key in errors[0]}
+    return _flattened(exact) | largest
+
+
+def _float32_errors(case: Case, state: dict[str, torch.Tensor], exact: Result) -> Arrays:
+    rounded, arrays = _flattened(_evaluated(case, state, in_float64=False)), _flattened(exact)
+    return {key: _relative_error(value, arrays[key]) for key, value in rounded.items()}
+
+
+def _reordered(case: Case, state: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    sizes = {name: getattr(case.config, name) for name in ("hidden_size", "intermediate_size")}
+    return reordered(state, **sizes, seed=seed)
 
 
 def _evaluated(case: Case, state: dict[str, torch.Tensor], *, in_float64: bool) -> Result:
@@ -176,6 +189,15 @@ def _relative_error(rounded: np.ndarray, exact: np.ndarray) -> np.ndarray:
     counted = ~np.isnan(exact)
     difference = rounded.astype(np.float64)[counted] - exact[counted]
     return np.array(np.linalg.norm(difference) / np.linalg.norm(exact[counted]))
+
+
+def _require_same_logits(reordered: Result, exact: Result) -> None:
+    """Sums in another order may differ by float64's rounding and no more: it must be the same function."""
+    difference = _relative_error(reordered.logits, exact.logits)
+    if not 0 < difference < 1e-12:
+        raise AssertionError(
+            f"reordering must move float64 logits by rounding alone, below 1e-12; found {difference:.1e}"
+        )
 
 
 def _require_informative_gradients(gradients: Arrays) -> None:
