@@ -82,7 +82,7 @@ def run_demo(output: Path, callback: Callback) -> Demo:
     from lora.cli.merge import merge_folders
     from lora.cli.predict import Texts, predict_texts
     from lora.model.loading import load
-    from lora.train.evaluate import evaluate, read_examples_for
+    from lora.train.evaluate import evaluate_classifier, read_examples_for
     from lora.train.finetune import finetune
 
     base, data, test = (asset("demo", name) for name in ("base", "train.jsonl", "test.jsonl"))
@@ -92,7 +92,7 @@ def run_demo(output: Path, callback: Callback) -> Demo:
             base, data, "classify", output / folder, callbacks=[callback], method=method, **SETTINGS
         )
         model = load(run.best)
-        return run, evaluate(model, read_examples_for(model, test, MAX_SEQ_LEN))
+        return run, evaluate_classifier(model, read_examples_for(model, test, MAX_SEQ_LEN))
 
     run, scores = trained("lora", "lora")
     head_run, head_scores = trained("head", "head-only")

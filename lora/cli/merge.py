@@ -27,7 +27,7 @@ def merge(model: str | None, adapter: str, output: str, as_json: bool) -> None:
     changes in a probe batch's logits is shown.
     """
     refuse_apr(model, adapter, output)
-    merged = merge_folders(model, Path(adapter), Path(output))
+    merged = merge_folders(model, adapter, Path(output))
     if as_json:
         print_json({"status": "merged", **merged.as_dict()})
     else:
@@ -54,11 +54,11 @@ class Merged:
         return {**vars(self), "adapter": str(self.adapter), "output": str(self.output)}
 
 
-def merge_folders(model: str | None, adapter: Path, output: Path) -> Merged:
+def merge_folders(model: str | None, adapter: str | Path, output: Path) -> Merged:
     """Merge the adapter in a folder into `model`, or into the base that it names, and write it to `output`.
 
     Raises:
-        UsageError: `output` is the base or the adapter itself.
+        UsageError: `output` is the base or the adapter itself, or holds another adapter.
         LoraError: a file is not as it must be.
     """
     from lora.io.hub import resolve
@@ -66,20 +66,20 @@ def merge_folders(model: str | None, adapter: Path, output: Path) -> Merged:
     from lora.model.loading import load
     from lora.spec import adaptable_modules
 
-    adapter = resolve(adapter)
-    base = model or load_adapter(adapter)[0].base_model_name_or_path
+    folder = resolve(adapter)
+    config, _, _ = load_adapter(folder)
+    base = model or config.base_model_name_or_path
     if base is None:
-        raise AdapterError(f"{adapter} names no base: give it as `lora merge MODEL --adapter {adapter} ...`")
-    _refuse_overwriting(output, {"the base": resolve(base), "the adapter": adapter})
-    loaded = load(adapter, base=base)
-    config = loaded.parameters.adapter.config
+        raise AdapterError(f"{folder} names no base: give it as `lora merge MODEL --adapter {folder} ...`")
+    _check_output(output, {"the base": resolve(base), "the adapter": folder})
+    loaded = load(folder, base=base)
     report = loaded.merge_adapter()
     loaded.save(output)
     return Merged(
         base_model=loaded.base_name,
-        adapter=adapter,
+        adapter=folder,
         output=output,
-        output_size=sum(file.stat().st_size for file in output.glob("*.safetensors")),
+        output_size=sum(file.stat().st_size for file in output.glob("model*.safetensors")),
         merged_layers=report.merged_modules,
         replaced_tensors=report.replaced_tensors,
         total_layers=len(adaptable_modules(loaded.spec)),
@@ -104,9 +104,14 @@ def print_merged(merged: Merged) -> None:
     click.echo(f"\nNext:\n  lora eval {shlex.quote(str(merged.output))} --data test.jsonl")
 
 
-def _refuse_overwriting(output: Path, sources: dict[str, Path]) -> None:
+def _check_output(output: Path, sources: dict[str, Path]) -> None:
+    from lora.io.peft import CONFIG
+
     for what, folder in sources.items():
         if output.resolve() == folder.resolve():
             raise UsageError(
                 f"--output {output} is {what} itself, which a merge must not overwrite; name another folder"
             )
+    if (output / CONFIG).is_file():
+        # beside an adapter, the merge would be taken for a part of it
+        raise UsageError(f"--output {output} holds an adapter; name another folder")

@@ -49,14 +49,16 @@ def predict(
         raise UsageError("texts come from the arguments or from --data, not from both")
     from lora.io.hub import require_path
     from lora.model.loading import load
+    from lora.train.evaluate import classifier_head
 
     require_path(model)
     read = _read(texts, data)
     loaded = load(model, base=base, dtype=dtype)
+    names = classifier_head(loaded).class_names
     predictions, truncated = predict_texts(loaded, read, max_seq_len)
     note_truncated(truncated, max_seq_len)
     if as_json:
-        document = {"status": "predicted", "model": model, "class_names": list(loaded.head.class_names)}
+        document = {"status": "predicted", "model": model, "class_names": list(names)}
         print_json(
             {**document, "truncated_rows": truncated, "predictions": [p.as_dict() for p in predictions]}
         )
@@ -94,11 +96,11 @@ def predict_texts(model: Model, read: Texts, max_seq_len: int) -> tuple[list[Pre
         DataError: a text holds no token.
     """
     from lora.data.tokenizer import Tokenizer
-    from lora.train.evaluate import class_probabilities
+    from lora.train.evaluate import class_probabilities, classifier_head
 
     encoded = Tokenizer.load(model.checkpoint.folder).encode(read.texts, max_seq_len, lines=read.lines)
     rows = class_probabilities(model, encoded.ids)
-    names = model.head.class_names
+    names = classifier_head(model).class_names
     return [_prediction(*pair, names) for pair in zip(read.texts, rows, strict=True)], encoded.truncated
 
 

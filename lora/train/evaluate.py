@@ -13,7 +13,7 @@ import numpy as np
 from lora.backend import to_host
 from lora.data.packed import pack, split
 from lora.data.tokenizer import Tokenizer
-from lora.errors import ValidationError
+from lora.errors import DataError, ValidationError
 from lora.model.head import ClassifierHead
 from lora.model.model import Model
 from lora.train.classification_metrics import ClassificationMetrics, metrics_from_probabilities, softmax
@@ -53,7 +53,14 @@ def read_examples_for(model: Model, path: Path, max_seq_len: int) -> Examples:
 def evaluate(
     model: Model, examples: Examples, *, batch_size: int = 32
 ) -> ClassificationMetrics | CausalMetrics:
-    """Return the scores of `model` on `examples`, which hold a label each if it is a classifier.
+    """Return the scores of `model`, a classifier or a language model; arguments and errors as below."""
+    if model.is_classifier:
+        return evaluate_classifier(model, examples, batch_size=batch_size)
+    return evaluate_causal(model, examples, batch_size=batch_size)
+
+
+def evaluate_classifier(model: Model, examples: Examples, *, batch_size: int = 32) -> ClassificationMetrics:
+    """Return the scores of a classifier on labelled examples.
 
     Args:
         model: with its adapter, if any, active.
@@ -61,11 +68,17 @@ def evaluate(
         batch_size: rows that are run together, at most.
 
     Raises:
-        ValidationError: the model gives a logit that is not finite.
+        ValidationError: the model is no classifier, or gives a logit that is not finite.
+        DataError: the examples have no labels.
     """
-    if isinstance(model.head, ClassifierHead):
-        p = class_probabilities(model, examples.sequences, batch_size=batch_size)
-        return metrics_from_probabilities(p, examples.labels, model.head.class_names)
+    if examples.labels is None:
+        raise DataError("expected a label for each example, found texts alone")
+    p = class_probabilities(model, examples.sequences, batch_size=batch_size)
+    return metrics_from_probabilities(p, examples.labels, classifier_head(model).class_names)
+
+
+def evaluate_causal(model: Model, examples: Examples, *, batch_size: int = 32) -> CausalMetrics:
+    """Return the scores of a language model on texts; arguments as in `evaluate_classifier`."""
     loss, accuracy = evaluate_loss(model, examples, batch_size, TOKENS_AT_ONCE)
     tokens = examples.tokens - len(examples)
     return CausalMetrics(len(examples), tokens, loss, _exp(loss), accuracy)
@@ -77,13 +90,25 @@ def class_probabilities(model: Model, sequences: Sequence[np.ndarray], *, batch_
     Raises:
         ValidationError: the model is no classifier, or gives a logit that is not finite.
     """
-    if not isinstance(model.head, ClassifierHead):
-        raise ValidationError(f"{model.base_name} is a language model: expected a classifier or its adapter")
+    classifier_head(model)
     batches = (pack(sequences[first : first + batch_size]) for first in range(0, len(sequences), batch_size))
     parts = (
         part for batch in batches for part in split(batch, max(TOKENS_AT_ONCE, int(batch.lengths.max())))
     )
     return softmax(np.concatenate([to_host(model.packed_logits(part)) for part in parts]))
+
+
+def classifier_head(model: Model) -> ClassifierHead:
+    """Return the model's head.
+
+    Raises:
+        ValidationError: it is a language model's.
+    """
+    if not isinstance(model.head, ClassifierHead):
+        raise ValidationError(
+            f"{model.base_name} is a language model: expected a classifier, or a classifier's adapter"
+        )
+    return model.head
 
 
 def _exp(loss: float) -> float:

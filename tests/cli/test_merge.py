@@ -70,6 +70,13 @@ def test_the_inputs_are_never_overwritten(lora, own_base, adapter, tmp_path, wha
     assert snapshot(target) == before
 
 
+def test_a_merge_is_not_put_beside_an_adapter(lora, adapter, tmp_path) -> None:
+    other = Path(shutil.copytree(adapter, tmp_path / "other"))
+    before = snapshot(other)
+    assert lora("merge", "--adapter", adapter, "-o", other).exit_code == 2
+    assert snapshot(other) == before
+
+
 def test_an_earlier_merge_is_replaced_and_other_files_stay(lora, adapter, tmp_path) -> None:
     output = tmp_path / "merged"
     assert lora("merge", "--adapter", adapter, "-o", output).exit_code == 0

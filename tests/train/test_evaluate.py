@@ -82,6 +82,11 @@ def test_a_language_model_is_scored_by_its_counted_tokens(folder: Path, batch_si
     assert scores.token_accuracy == np.concatenate(right).mean()
 
 
+def test_a_classifier_needs_labels(folder: Path) -> None:
+    with pytest.raises(DataError, match="texts alone"):
+        evaluate(load(folder, class_names=NAMES), random_examples([3], classes=None))
+
+
 def test_a_hopeless_loss_has_an_infinite_perplexity(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora.train.evaluate.evaluate_loss", lambda *arguments: (1000.0, 0.0))
     assert evaluate(load(folder), random_examples([3], classes=None)).perplexity == np.inf
