@@ -8,6 +8,7 @@ from lora.errors import DeviceError
 from lora.ops import (
     adamw,
     attention,
+    cached_attention,
     embedding,
     lowrank_linear,
     pool,
@@ -23,6 +24,7 @@ class Ops(NamedTuple):
 
     adamw: Any
     attention: Any
+    cached_attention: Any
     embedding: Any
     lowrank_linear: Any
     pool: Any
@@ -43,6 +45,7 @@ class Choice(NamedTuple):
 REFERENCE = Ops(
     adamw=adamw,
     attention=attention,
+    cached_attention=cached_attention,
     embedding=embedding,
     lowrank_linear=lowrank_linear,
     pool=pool,

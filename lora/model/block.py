@@ -6,11 +6,13 @@ part of the norm that reads the sum. At the border of two blocks the gradients f
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from lora.backend import Array
-from lora.model import attention_mixer
+from lora.model import attention_mixer, delta_mixer
 from lora.model.context import Context, Gradients
+from lora.spec import ModelSpec
 
 
 class Saved(NamedTuple):
@@ -32,7 +34,7 @@ def forward(context: Context, layer: int, delta: Array, stream: Array | None) ->
 
     weight = parameters[f"{name}.input_layernorm.weight"]
     (hidden, stream), input_norm = ops.rmsnorm.forward(delta, weight, stream, **norm)
-    mixed, mixer = attention_mixer.forward(context, name, hidden)
+    mixed, mixer = _mixer(spec, layer).forward(context, name, hidden)
     weight = parameters[f"{name}.post_attention_layernorm.weight"]
     (hidden, stream), post_norm = ops.rmsnorm.forward(mixed, weight, stream, **norm)
 
@@ -71,10 +73,19 @@ def backward(
         ops.rmsnorm, saved.post_norm, dhidden, dstream, f"{name}.post_attention_layernorm.weight"
     )
 
-    if not (wants_input or context.parameters.trains_below(f"{name}.self_attn.")):
+    trains_mixer = any(
+        context.parameters.trains_below(f"{name}.{mixer}.") for mixer in ("self_attn", "linear_attn")
+    )
+    if not (wants_input or trains_mixer):
         return None
     wants_norm = wants_input or context.parameters.is_trained(f"{name}.input_layernorm.weight")
-    dhidden = attention_mixer.backward(context, name, saved.mixer, dmixed, gradients, wants_input=wants_norm)
+    dhidden = _mixer(context.spec, layer).backward(
+        context, name, saved.mixer, dmixed, gradients, wants_input=wants_norm
+    )
     if not wants_norm:
         return None
     return gradients.norm(ops.rmsnorm, saved.input_norm, dhidden, dmixed, f"{name}.input_layernorm.weight")
+
+
+def _mixer(spec: ModelSpec, layer: int) -> ModuleType:
+    return attention_mixer if spec.layer_types[layer] == "full_attention" else delta_mixer

@@ -7,13 +7,14 @@ from typing import Any
 
 from lora.backend import Array
 from lora.dispatch import Ops
+from lora.model.cache import Cache
 from lora.model.parameters import Parameters
 from lora.spec import ModelSpec
 
 
 @dataclass(frozen=True)
 class Context:
-    """One forward over packed sequences: the model's parts, and the batch's geometry."""
+    """One forward over packed sequences: the model's parts, the batch's geometry, and what came before it."""
 
     ops: Ops
     parameters: Parameters
@@ -21,6 +22,22 @@ class Context:
     cu_seqlens: Array  # [S + 1] where each sequence starts, and the end
     cos: Array  # [N, rotary_dim / 2]
     sin: Array  # [N, rotary_dim / 2]
+    cache: Cache | None = None  # of the tokens before these, in generation
+
+    def attend(self, block: str, q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Any]:
+        """Return (o [N, H, E], Saved) of attention over these tokens and the cached ones before them."""
+        if self.cache is None:
+            return self.ops.attention.forward(q, k, v, self.cu_seqlens, scale=scale)
+        return self.cache.attend(self.ops, block, q, k, v, self.cu_seqlens, scale=scale), None
+
+    def memory(self, block: str) -> tuple[Array | None, Array | None]:
+        """Return what a gated-delta block remembers of the tokens before these: (conv window, state)."""
+        return (None, None) if self.cache is None else self.cache.memory(block)
+
+    def remember(self, block: str, window: Array, state: Array) -> None:
+        """Keep a gated-delta block's window and state for the tokens that follow."""
+        if self.cache is not None:
+            self.cache.remember(block, window, state)
 
 
 @dataclass
@@ -34,6 +51,11 @@ class Gradients:
         """Add `gradient` to what is held under `name`."""
         self.arrays[name] = self.arrays[name] + gradient if name in self.arrays else gradient
 
+    def tensor(self, name: str, gradient: Array | None) -> None:
+        """Add the gradient of the weight `name`, which an operation leaves out where it is frozen."""
+        if gradient is not None:
+            self.add(self.parameters.gradient_name(name), gradient)
+
     def linear(self, grads: Any, *modules: str) -> Array:
         """Gather what a lowrank_linear trained, one entry of `grads.parts` a module; return its dx."""
         for module, part in zip(modules, grads.parts, strict=True):
@@ -43,8 +65,6 @@ class Gradients:
 
     def norm(self, rmsnorm: Any, saved: Any, dy: Array, dstream: Array | None, name: str) -> Array:
         """Run a norm's backward, gather its weight's gradient where it is trained, and return dx [N, D]."""
-        wants_weight = self.parameters.is_trained(name)
-        grads = rmsnorm.backward(saved, dy, dstream, wants_weight=wants_weight)
-        if wants_weight:
-            self.add(self.parameters.gradient_name(name), grads.weight)
+        grads = rmsnorm.backward(saved, dy, dstream, wants_weight=self.parameters.is_trained(name))
+        self.tensor(name, grads.weight)
         return grads.x

@@ -11,6 +11,7 @@ from lora.backend import Array, accumulation_dtype
 from lora.data.packed import Packed
 from lora.dispatch import Ops
 from lora.model import block
+from lora.model.cache import Cache
 from lora.model.context import Context, Gradients
 from lora.model.parameters import Parameters
 from lora.spec import ModelSpec
@@ -31,13 +32,21 @@ class Tape:
 
 
 def forward(
-    ops: Ops, parameters: Parameters, spec: ModelSpec, batch: Packed, dtype: np.dtype[Any], *, record: bool
+    ops: Ops,
+    parameters: Parameters,
+    spec: ModelSpec,
+    batch: Packed,
+    dtype: np.dtype[Any],
+    *,
+    record: bool,
+    cache: Cache | None = None,
 ) -> tuple[Array, Tape]:
     """Return (hidden [N, D], Tape): the normed output of the last block, in `dtype`.
 
-    With `record` false nothing is kept for a backward; with it, only from the first trained block on.
+    With `record` false nothing is kept for a backward; with it, only from the first trained block on. With a
+    `cache` the tokens follow those that it holds, and are added to it.
     """
-    context = context_of(ops, parameters, spec, batch, dtype)
+    context = context_of(ops, parameters, spec, batch, dtype, cache)
     first = first_trained_block(parameters, spec) if record else spec.num_hidden_layers + 1
     delta, embedding = ops.embedding.forward(batch.input_ids, parameters[EMBEDDING], dtype=dtype)
     blocks: list[Any] = []
@@ -47,6 +56,8 @@ def forward(
         if layer >= first:
             blocks.append(saved)
         del saved  # a block that is not recorded frees its memory before the next one runs
+    if cache is not None:
+        cache.advance(batch.cu_seqlens)
     (hidden, _), final_norm = ops.rmsnorm.forward(
         delta, parameters[FINAL_NORM], stream, eps=spec.rms_norm_eps, zero_centred=spec.zero_centred_norm
     )
@@ -84,10 +95,18 @@ def first_trained_block(parameters: Parameters, spec: ModelSpec) -> int:
 
 
 def context_of(
-    ops: Ops, parameters: Parameters, spec: ModelSpec, batch: Packed, dtype: np.dtype[Any]
+    ops: Ops,
+    parameters: Parameters,
+    spec: ModelSpec,
+    batch: Packed,
+    dtype: np.dtype[Any],
+    cache: Cache | None = None,
 ) -> Context:
     """Return what every block of a forward over `batch` shares."""
+    positions = batch.positions
+    if cache is not None:
+        positions = positions + np.repeat(cache.lengths, batch.lengths)
     cos, sin = ops.rope.angles(
-        batch.positions, theta=spec.rope_theta, rotary_dim=spec.rotary_dim, dtype=accumulation_dtype(dtype)
+        positions, theta=spec.rope_theta, rotary_dim=spec.rotary_dim, dtype=accumulation_dtype(dtype)
     )
-    return Context(ops, parameters, spec, batch.cu_seqlens, cos, sin)
+    return Context(ops, parameters, spec, batch.cu_seqlens, cos, sin, cache)

@@ -13,7 +13,7 @@ import numpy as np
 from lora.backend import Array, named_stream, wide
 from lora.data.packed import Packed, pack_padded, to_padded
 from lora.dispatch import Ops
-from lora.errors import AdapterError, DataError, LoraWarning
+from lora.errors import AdapterError, DataError, LoraWarning, UsageError
 from lora.io.checkpoint import Checkpoint
 from lora.io.lora_config import LoraConfig
 from lora.io.peft import load_adapter, save_adapter
@@ -21,6 +21,7 @@ from lora.io.targets import expanded
 from lora.model import decoder, merging
 from lora.model.adapters import adapter_from_tensors, new_adapter
 from lora.model.context import Gradients
+from lora.model.generation import generate
 from lora.model.head import ClassifierHead, Head
 from lora.model.head_file import transformers_note
 from lora.model.merging import MergeReport
@@ -105,7 +106,7 @@ class Model:
 
         Args:
             input_ids: integers [B, T] in [0, V).
-            labels: a causal model's [B, T], -100 where a token does not count, shifted inside; a classifier's [B].
+            labels: a causal model's [B, T], shifted inside, -100 where nothing counts; a classifier's [B].
             attention_mask: [B, T], ones then zeros in each row; None where every token counts.
             normalizer: what the summed loss is divided by, so that a caller can add up the parts of a larger
                 batch exactly; None for the number of counted tokens (rows, or the sum of the rows' weights).
@@ -187,6 +188,28 @@ class Model:
         self._warn_of_transformers()
         config = expanded(adapter.config, adaptable_modules(self.spec))
         save_adapter(Path(folder), config, adapter.tensors(self.parameters.layout), facts)
+
+    def generate(
+        self, input_ids: Any, max_new_tokens: int = 64, attention_mask: Any = None
+    ) -> list[np.ndarray]:
+        """Return the likeliest continuation of each prompt, greedily: one array of new ids a row.
+
+        Args:
+            input_ids: integers [B, T] in [0, V).
+            max_new_tokens: where a row stops that has not come to an end token; 1 or more.
+            attention_mask: [B, T], ones then zeros in each row; None where every token counts.
+
+        Raises:
+            UsageError: the model is a classifier, or max_new_tokens is below 1.
+            DataError: an id is outside the vocabulary.
+        """
+        if self.is_classifier or max_new_tokens < 1:
+            raise UsageError(
+                f"generate needs a causal model and max_new_tokens >= 1; got {self._task_type} "
+                f"and {max_new_tokens}"
+            )
+        prompts = self._pack(input_ids, attention_mask, None)
+        return generate(self.ops, self.parameters, self.spec, self.dtype, prompts, max_new_tokens)
 
     def merge_adapter(self, probe: Any = None) -> MergeReport:
         """Add the active adapter to the weights, in float32 with one rounding; report what rounding changed.

@@ -54,16 +54,18 @@ class Parameters:
         return self.adapters[self.active] if self.active is not None and self.merged is None else None
 
     def __contains__(self, name: str) -> bool:
-        return name in self.weights or (self.adapter is not None and name in self.adapter.replaced)
+        return self.get(name) is not None
 
     def __getitem__(self, name: str) -> Array:
-        if self.adapter is not None and name in self.adapter.replaced:
-            return self.adapter.replaced[name]
-        return self.weights[name]
+        array = self.get(name)
+        if array is None:
+            raise KeyError(name)
+        return array
 
     def get(self, name: str) -> Array | None:
         """Return the tensor `name`, or None where the model has none of that name."""
-        return self[name] if name in self else None
+        replaced = self.adapter.replaced if self.adapter is not None else {}
+        return replaced.get(name, self.weights.get(name))
 
     def is_trained(self, name: str) -> bool:
         """Whether the tensor `name` itself gets a gradient."""
