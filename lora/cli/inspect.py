@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora.cli.options import output_options
-from lora.cli.output import print_facts, print_json
+from lora.cli.output import LISTED, listed, print_facts, print_json
 from lora.cli.unbuilt import refuse_apr
 from lora.errors import MissingFileError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-
-LISTED = 20  # names that are shown of a longer list
 
 
 @click.command(short_help="Say what a checkpoint, an adapter or a data file holds.")
@@ -136,8 +134,7 @@ def _shown(value: Any) -> str | None:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_shown(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
-        more = [f"and {len(value) - LISTED} more"] if len(value) > LISTED else []
-        return ", ".join([*map(str, value[:LISTED]), *more])
+        return listed(value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else None if value is None else str(value)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 PIPE_WIDTH = 160  # columns of a table that no terminal will cut
+LISTED = 20  # names that are shown of a longer list
 
 
 def print_json(document: Any) -> None:
@@ -47,6 +48,12 @@ def print_facts(facts: dict[str, Any], *, err: bool = False) -> None:
     width = max(map(len, known), default=0) + 1
     for name, value in known.items():
         click.echo(f"{name + ':':<{width}} {value}", err=err)
+
+
+def listed(names: Sequence[Any]) -> str:
+    """Return the first 20 names with commas, and how many more there are."""
+    more = [f"and {len(names) - LISTED} more"] if len(names) > LISTED else []
+    return ", ".join([*map(str, names[:LISTED]), *more])
 
 
 def size(count: int) -> str:

@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora.cli.output import note, note_truncated, print_facts
+from lora.cli.output import listed, note, note_truncated, print_facts
 from lora.train.callbacks import Callback, EpochDone, Started, StepDone
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -134,8 +134,8 @@ def _facts(event: Started) -> dict[str, Any]:
     classes, weights = event.class_names, event.class_weights
     return {
         "Task": event.task,
-        "Classes": f"{len(classes)}: {', '.join(classes)}" if classes else None,
-        "Class weights": ", ".join(f"{weight:.3f}" for weight in weights) if weights else None,
+        "Classes": f"{len(classes)}: {listed(classes)}" if classes else None,
+        "Class weights": listed([f"{weight:.3f}" for weight in weights]) if weights else None,
         "Rows": f"{event.train_rows:,} to train on, {event.validation_rows:,} to validate",
         "Method": f"{event.method}, {event.trainable_parameters:,} trainable parameters",
         "Steps": f"{event.total_steps:,}",
