@@ -9,7 +9,7 @@ Contract: contracts/ops/rmsnorm.yaml. Source: Zhang & Sennrich 2019, arXiv:1910.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lora.backend import Array, array_module, wide
 
@@ -40,17 +40,16 @@ def forward(
         weight: per-column scale.
         residual: [N, D] or None; the stream that x is added to.
         eps: added to the mean square, in the unit of x²; from the family contract.
-        zero_centred: scale by 1 + weight, and round once after it; else round before the scale, as Qwen2 does.
+        zero_centred: scale by 1 + weight and round once after it; else round before the scale, as Qwen2.
     """
     xp = array_module(x, weight, residual)
     stream = x if residual is None else x + residual
     rows = wide(stream)
     rstd = 1 / xp.sqrt(xp.mean(rows * rows, axis=-1, keepdims=True) + eps)
-    normed = rows * rstd
-    if zero_centred:
-        y = normed * (1 + wide(weight))
-    else:
-        y = wide(normed.astype(x.dtype, copy=False)) * wide(weight)
+    normed, scale = rows * rstd, _scale(weight, zero_centred, rows.dtype)
+    if not zero_centred:
+        normed = wide(normed.astype(x.dtype, copy=False))
+    y = normed * scale
     return (y.astype(x.dtype, copy=False), stream), Saved(stream, weight, rstd, zero_centred)
 
 
@@ -58,8 +57,7 @@ def backward(saved: Saved, dy: Array, dstream: Array | None = None, *, wants_wei
     """Return the gradients, given `dy` [N, D] for y and `dstream` [N, D] for the stream as it flows on."""
     xp = array_module(saved.stream, dy, dstream)
     normed = wide(saved.stream) * saved.rstd
-    scale = 1 + wide(saved.weight) if saved.zero_centred else wide(saved.weight)
-    dnormed = wide(dy) * scale
+    dnormed = wide(dy) * _scale(saved.weight, saved.zero_centred, normed.dtype)
     # the projection removes the part of dnormed that would only rescale the row
     along = xp.mean(dnormed * normed, axis=-1, keepdims=True)
     dx = saved.rstd * (dnormed - normed * along)
@@ -67,3 +65,8 @@ def backward(saved: Saved, dy: Array, dstream: Array | None = None, *, wants_wei
         dx += wide(dstream)
     dweight = (wide(dy) * normed).sum(axis=0) if wants_weight else None
     return Grads(dx.astype(saved.stream.dtype, copy=False), dweight)
+
+
+def _scale(weight: Array, zero_centred: bool, dtype: Any) -> Array:
+    """Return what a normed row is multiplied by, [D]; widened first, so that 1 + weight is rounded in `dtype`."""
+    return 1 + weight.astype(dtype) if zero_centred else weight.astype(dtype, copy=False)

@@ -14,7 +14,7 @@ from lora.train.optimizer import AdamW
 from tests.harness.bounds import relative
 from tests.harness.models import GOLDEN, below, golden, write_golden_adapter, write_golden_model
 
-CASES = sorted(path.stem for path in GOLDEN.glob("qwen2_*.npz"))
+CASES = sorted(path.stem for path in GOLDEN.glob("qwen*.npz"))
 EXACT = 1e-6
 FLOAT32_FACTOR = 3.0  # our float32 error over Transformers' own, at most
 
@@ -82,4 +82,6 @@ def test_adamw_follows_the_trajectory(name: str, dtype: str, tmp_path: Path) -> 
         )
         losses.append(loss)
         optimizer.step(gradients)
-    np.testing.assert_allclose(losses, arrays["trajectory"], rtol=0, atol=1e-4)
+    # an adapter moves in float32: where Transformers' own float32 leaves this path, three times its distance
+    drift = float(arrays["float32_error/trajectory"]) * np.linalg.norm(arrays["trajectory"])
+    assert np.linalg.norm(losses - arrays["trajectory"]) < max(1e-4, FLOAT32_FACTOR * drift)
