@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lora.model.loading import load
+from lora.train.finetune import finetune
 
 IDS = np.arange(24).reshape(2, 12)
 
@@ -55,6 +56,14 @@ def test_without_a_model_the_adapter_names_its_base(lora, base, adapter, tmp_pat
 def test_a_base_that_has_moved_is_given_by_hand(lora, own_base, adapter, tmp_path) -> None:
     outcome = lora("merge", own_base, "--adapter", adapter, "-o", tmp_path / "merged", "--json")
     assert outcome.document["base_model"] == str(own_base)
+
+
+def test_a_head_that_transformers_reads_otherwise_is_told(lora, base, rows, tmp_path) -> None:
+    mean_pooled = finetune(base, rows, output=tmp_path / "run", epochs=1).best
+    outcome = lora("merge", "--adapter", mean_pooled, "-o", tmp_path / "merged", "--json")
+    assert outcome.document["status"] == "merged"
+    assert outcome.err.startswith("note: Transformers")
+    assert outcome.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("what", ["base", "adapter"])
