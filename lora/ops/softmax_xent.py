@@ -6,7 +6,7 @@ over the rows whose target is not -100. Those rows alone are read: the others ar
 The logits of a chunk become their own gradient in place, and are gone when the next chunk begins.
 
 Contract: contracts/ops/softmax_xent.yaml. Source: Bridle 1990, "Probabilistic interpretation of feedforward
-classification network outputs", eq. 5; head and loss fused: Hsu et al. 2024, arXiv:2410.10989, section 3.2.
+classification network outputs"; head and loss fused: Hsu et al. 2024, arXiv:2410.10989.
 """
 
 from __future__ import annotations

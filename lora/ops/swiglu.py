@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lora.backend import Array, array_module, wide
-from lora.ops._sigmoid import sigmoid
+from lora.ops._logistic import sigmoid
 
 
 class Saved(NamedTuple):

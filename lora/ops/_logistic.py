@@ -1,4 +1,4 @@
-"""The logistic function, shared by the operations that gate with it."""
+"""The logistic function and its integral, shared by the operations that gate with them."""
 
 from __future__ import annotations
 
@@ -15,3 +15,9 @@ def sigmoid(x: Array) -> Array:
         y = xp.exp(-x)
     y += 1
     return xp.reciprocal(y, out=y)
+
+
+def softplus(x: Array) -> Array:
+    """Return log(1 + exp(x)) in x's dtype, by the form that overflows for neither sign."""
+    xp = array_module(x)
+    return xp.maximum(x, 0) + xp.log1p(xp.exp(-xp.abs(x)))
