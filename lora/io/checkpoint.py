@@ -19,6 +19,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _STORED_DTYPES = (np.dtype("float64"), np.dtype("float32"), np.dtype("float16"), bfloat16)
 _MOST_LISTED = 20
+_COMPARED_ROWS = 4096  # at a time: an embedding is too large for a temporary of its size
 
 
 class Checkpoint(NamedTuple):
@@ -192,7 +193,7 @@ def _tied_head_problems(
 def _same_bytes(a: Array, b: Array) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    blocks = (slice(start, start + 4096) for start in range(0, len(a), 4096))
+    blocks = (slice(start, start + _COMPARED_ROWS) for start in range(0, len(a), _COMPARED_ROWS))
     return all(np.array_equal(a[rows].view(np.uint8), b[rows].view(np.uint8)) for rows in blocks)
 
 

@@ -72,7 +72,7 @@ def _from_hub(name: str) -> Path:
     try:
         fetched = Path(snapshot_download(name, allow_patterns=list(_FILES)))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise LoadError(_advice(name, str(error).strip().partition("\n")[0])) from error
+        raise LoadError(_advice(name, str(error).strip().partition("\n")[0].rstrip("."))) from error
     if not _is_whole(fetched):
         raise LoadError(_advice(name, "the files in the cache are not all there"))
     return fetched

@@ -58,6 +58,15 @@ def expanded(config: LoraConfig, modules: Iterable[str]) -> LoraConfig:
     return replace(config, lora_alpha=config.alpha, target_modules=_targets(config, modules))
 
 
+def with_shorthand(config: LoraConfig, shorthand: Any, modules: Iterable[str]) -> LoraConfig:
+    """Return `config` with its targets put back as the `shorthand` that it was written from, if it was."""
+    if isinstance(shorthand, str) and shorthand in SHORTHANDS:
+        short = replace(config, target_modules=shorthand)
+        if expanded(short, modules).target_modules == config.target_modules:
+            return short
+    return config
+
+
 def _targets(config: LoraConfig, modules: Iterable[str]) -> tuple[str, ...] | str:
     """Return a regex, or the names that are matched whole or as a last part."""
     targets = config.target_modules
@@ -98,7 +107,7 @@ def _in_chosen_layer(config: LoraConfig, name: str) -> bool:
 def _refuse_idle(
     config: LoraConfig, targets: tuple[str, ...] | str, names: Collection[str], matched: Collection[str]
 ) -> None:
-    """Refuse a target that names none of the modules `names`, and a pattern that fits none of the `matched`."""
+    """Refuse a target that names none of the modules `names`, and a pattern that fits none of `matched`."""
     listed = (targets,) if isinstance(targets, str) else targets
     idle = [f"target {t!r}" for t in listed if not any(t in _names(targets, name) for name in names)]
     for key in ("rank_pattern", "alpha_pattern"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,24 @@ def test_the_current_folder_is_not_swapped_from_under_the_user(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(WriteError, match="current folder"), replace_folder(Path(".")):
         pass
+
+
+def test_a_swap_that_fails_half_way_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "folder"
+    with replace_folder(target) as new:
+        (new / "file").write_text("old")
+    plain, calls = os.replace, []
+
+    def second_fails(source: Path, destination: Path) -> None:
+        calls.append(destination)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        plain(source, destination)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(WriteError, match="No space left on device"), replace_folder(target) as new:
+        (new / "file").write_text("new")
+    assert (target / "file").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]

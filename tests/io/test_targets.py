@@ -116,9 +116,24 @@ def test_the_published_counts_of_trained_parameters() -> None:
             "target_modules",
         ),
         ({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 2}}, "rank_pattern 'v_proj'"),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"self_attn": 2}}, "rank_pattern 'self_attn'"),
         ({"target_modules": ["q_proj"], "alpha_pattern": {"proj": 2}}, "alpha_pattern 'proj'"),
     ],
 )
 def test_what_matches_nothing_is_named(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(AdapterError, match=named):
         match_targets(LoraConfig(**settings), modules("qwen2"))
+
+
+def test_a_pattern_of_two_words_is_one_pattern() -> None:
+    config = LoraConfig(target_modules=["q_proj", "up_proj"], alpha_pattern={"self_attn.q|up_proj": 5})
+    found = match_targets(config, modules("qwen2"))
+    assert {name: sizes.alpha for name, sizes in found.items() if sizes.alpha != 32} == {
+        f"model.layers.{i}.mlp.up_proj": 5 for i in range(4)
+    }
+
+
+def test_layers_are_counted_by_the_first_number_of_a_name() -> None:
+    nested = {"model.layers.1.experts.0.up_proj": (2, 2), "model.layers.0.experts.1.up_proj": (2, 2)}
+    config = LoraConfig(target_modules=["up_proj"], layers_to_transform=[1])
+    assert list(match_targets(config, nested)) == ["model.layers.1.experts.0.up_proj"]
