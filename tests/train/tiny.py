@@ -24,7 +24,7 @@ BOUNDS = {"float64": 1e-12, "float32": 2e-5}  # norm-wise
 
 @cache
 def base() -> Path:
-    """Return the folder of a checkpoint of two layers, so tame that float32 keeps five digits of a gradient."""
+    """Return the folder of a checkpoint of two layers, so tame that float32 keeps 5 digits of a gradient."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     config = TINY_QWEN2 | {"num_hidden_layers": 2}
