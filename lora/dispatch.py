@@ -9,11 +9,15 @@ from lora.ops import (
     adamw,
     attention,
     cached_attention,
+    causal_conv1d,
     embedding,
+    gated_delta_rule,
+    gated_norm,
     lowrank_linear,
     pool,
     rmsnorm,
     rope,
+    sigmoid_gate,
     softmax_xent,
     swiglu,
 )
@@ -25,11 +29,15 @@ class Ops(NamedTuple):
     adamw: Any
     attention: Any
     cached_attention: Any
+    causal_conv1d: Any
     embedding: Any
+    gated_delta_rule: Any
+    gated_norm: Any
     lowrank_linear: Any
     pool: Any
     rmsnorm: Any
     rope: Any
+    sigmoid_gate: Any
     softmax_xent: Any
     swiglu: Any
 
@@ -46,11 +54,15 @@ REFERENCE = Ops(
     adamw=adamw,
     attention=attention,
     cached_attention=cached_attention,
+    causal_conv1d=causal_conv1d,
     embedding=embedding,
+    gated_delta_rule=gated_delta_rule,
+    gated_norm=gated_norm,
     lowrank_linear=lowrank_linear,
     pool=pool,
     rmsnorm=rmsnorm,
     rope=rope,
+    sigmoid_gate=sigmoid_gate,
     softmax_xent=softmax_xent,
     swiglu=swiglu,
 )

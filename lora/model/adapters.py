@@ -9,11 +9,13 @@ import numpy as np
 from lora.backend import Array, named_stream
 from lora.errors import AdapterError, UnsupportedError
 from lora.io.lora_config import LoraConfig
-from lora.io.peft import check_tensors
+from lora.io.peft import check_tensors, in_layout
 from lora.io.targets import match_targets
 from lora.model.parameters import Adapter, Parameters, master_copy
 from lora.ops.lowrank_linear import Factors
 from lora.spec import ModelSpec, adaptable_modules
+
+FUSED_QKV = ".in_proj_qkv"
 
 
 def new_adapter(parameters: Parameters, spec: ModelSpec, config: LoraConfig, seed: int) -> Adapter:
@@ -29,23 +31,34 @@ def new_adapter(parameters: Parameters, spec: ModelSpec, config: LoraConfig, see
         outputs, inputs = modules[module]
         a = _initial(config, named_stream(seed, "lora_A", module), (target.r, inputs))
         factors[module] = Factors(a, np.zeros((outputs, target.r), np.float32), target.scale)
-    return Adapter(config, factors, _copies(parameters, config))
+    zero_rows = {
+        name: _key_rows(spec)
+        for name in factors
+        if config.target_modules == "qv" and name.endswith(FUSED_QKV)
+    }
+    return Adapter(config, factors, _copies(parameters, config), zero_rows)
 
 
 def adapter_from_tensors(
     parameters: Parameters, spec: ModelSpec, config: LoraConfig, tensors: Mapping[str, Array]
 ) -> Adapter:
-    """Return the adapter that `tensors` (by PEFT's names) hold.
+    """Return the adapter that `tensors` hold, by PEFT's names in either layout.
 
     Raises:
         AdapterError: a tensor is missing, left over or of another shape; every one of them is listed.
     """
-    adapter = new_adapter(parameters, spec, config, seed=0)
+    adapter, tensors = new_adapter(parameters, spec, config, seed=0), in_layout(tensors, parameters.layout)
     expected = adapter.tensors(parameters.layout)
     check_tensors(tensors, {name: array.shape for name, array in expected.items()})
     for name, array in expected.items():
         np.copyto(array, tensors[name])
     return adapter
+
+
+def _key_rows(spec: ModelSpec) -> slice:
+    """Return the rows of k in a gated-delta layer's fused q, k, v: under "qv" their part of B stays zero."""
+    width = spec.linear_num_key_heads * spec.linear_key_head_dim
+    return slice(width, 2 * width)
 
 
 def _initial(config: LoraConfig, rng: np.random.Generator, shape: tuple[int, int]) -> Array:

@@ -34,9 +34,9 @@ class Context:
         """Return what a gated-delta block remembers of the tokens before these: (conv window, state)."""
         return (None, None) if self.cache is None else self.cache.memory(block)
 
-    def remember(self, block: str, window: Array, state: Array) -> None:
+    def remember(self, block: str, window: Array, state: Array | None) -> None:
         """Keep a gated-delta block's window and state for the tokens that follow."""
-        if self.cache is not None:
+        if self.cache is not None and state is not None:
             self.cache.remember(block, window, state)
 
 

@@ -33,7 +33,9 @@ def forward(context: Context, block: str, hidden: Array) -> tuple[Array, Saved]:
     (mixed, window), conv = ops.causal_conv1d.forward(qkv, weight, context.cu_seqlens, window)
     q, k, v = _heads(spec, mixed)
     decay = (parameters[f"{name}.A_log"], parameters[f"{name}.dt_bias"])
-    (o, state), delta_rule = ops.gated_delta_rule.forward(q, k, v, a, b, *decay, context.cu_seqlens, state)
+    (o, state), delta_rule = ops.gated_delta_rule.forward(
+        q, k, v, a, b, *decay, context.cu_seqlens, state, wants_state=context.cache is not None
+    )
     context.remember(block, window, state)
     gate, weight = z.reshape(o.shape), parameters[f"{name}.norm.weight"]
     gated, norm = ops.gated_norm.forward(o, gate, weight, eps=spec.rms_norm_eps)

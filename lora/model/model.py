@@ -17,7 +17,7 @@ from lora.errors import AdapterError, DataError, LoraWarning, UsageError
 from lora.io.checkpoint import Checkpoint
 from lora.io.lora_config import LoraConfig
 from lora.io.peft import load_adapter, save_adapter
-from lora.io.targets import expanded
+from lora.io.targets import expanded, with_shorthand
 from lora.model import decoder, merging
 from lora.model.adapters import adapter_from_tensors, new_adapter
 from lora.model.context import Gradients
@@ -164,8 +164,9 @@ class Model:
             UnsupportedError: the configuration asks for what is not built.
         """
         self._check_new(name)
-        config, tensors, _ = load_adapter(Path(folder))
+        config, tensors, facts = load_adapter(Path(folder))
         config = replace(config, task_type=self._task_type)
+        config = with_shorthand(config, facts.get("targets"), adaptable_modules(self.spec))
         adapter = adapter_from_tensors(self.parameters, self.spec, config, tensors)
         self.parameters.adapters[name] = adapter
         self.parameters.activate(name)
@@ -174,20 +175,27 @@ class Model:
         """Switch to another adapter that is attached."""
         self.parameters.activate(name)
 
-    def save_adapter(self, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
-        """Write the active adapter in PEFT's format; `metadata` (JSON values) is kept beside it.
+    def save_adapter(
+        self, folder: str | Path, metadata: Mapping[str, Any] | None = None, *, layout: str | None = None
+    ) -> None:
+        """Write the active adapter in PEFT's format.
+
+        Args:
+            folder: where to write.
+            metadata: JSON values that are kept beside the adapter, in lora_metadata.json.
+            layout: "text" or "multimodal", whose names the tensors get; None for the base's own.
 
         Raises:
             AdapterError: no adapter is active.
             WriteError: the folder cannot be written; what was there is unharmed.
         """
         adapter = self._active()
-        facts = dict(metadata or {})
+        facts = {"targets": adapter.config.target_modules, **(metadata or {})}
         if isinstance(self.head, ClassifierHead):
             facts |= {"pooling": self.head.pooling, "class_names": list(self.head.class_names)}
         self._warn_of_transformers()
         config = expanded(adapter.config, adaptable_modules(self.spec))
-        save_adapter(Path(folder), config, adapter.tensors(self.parameters.layout), facts)
+        save_adapter(Path(folder), config, adapter.tensors(layout or self.parameters.layout), facts)
 
     def generate(
         self, input_ids: Any, max_new_tokens: int = 64, attention_mask: Any = None

@@ -68,5 +68,5 @@ def backward(saved: Saved, dy: Array, dstream: Array | None = None, *, wants_wei
 
 
 def _scale(weight: Array, zero_centred: bool, dtype: Any) -> Array:
-    """Return what a normed row is multiplied by, [D]; widened first, so that 1 + weight is rounded in `dtype`."""
+    """Return what a normed row is multiplied by, [D]; widened first: 1 + weight is rounded in `dtype`."""
     return 1 + weight.astype(dtype) if zero_centred else weight.astype(dtype, copy=False)

@@ -31,14 +31,42 @@ TINY_QWEN2: dict[str, Any] = {
     "torch_dtype": "float32",
 }
 
+TINY_QWEN3_5: dict[str, Any] = {
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "model_type": "qwen3_5_text",
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 24,
+    "vocab_size": 61,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    "tie_word_embeddings": True,
+    "eos_token_id": 60,
+    "pad_token_id": 60,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 4,
+    "linear_conv_kernel_dim": 4,
+    "dtype": "float32",
+}
+
+FAMILIES = {"qwen2": TINY_QWEN2, "qwen3_5": TINY_QWEN3_5}
+
 
 def random_weights(config: dict[str, Any], seed: int = 0, dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """Return weights so large that attention is peaked and SiLU bends; norms and biases are not trivial."""
     rng = np.random.default_rng(seed)
     weights = {}
     for name, shape in tensor_shapes(read_spec(config)).items():
-        values = rng.standard_normal(shape)
-        weights[name] = (1 + 0.2 * values if name.endswith("norm.weight") else 0.25 * values).astype(dtype)
+        values = 0.25 * rng.standard_normal(shape)
+        centred = config["model_type"].startswith("qwen3_5") and not name.endswith("linear_attn.norm.weight")
+        weights[name] = (1 + values if name.endswith("norm.weight") and not centred else values).astype(dtype)
     return weights
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from lora.errors import UsageError
 from lora.model.loading import load
-from tests.harness.models import TINY_QWEN2, write_model
+from tests.harness.models import FAMILIES, TINY_QWEN2, write_model
 from tests.model.test_model import adapted, padded, sequences
 
 
@@ -24,8 +24,9 @@ def grown(model: Any, row: np.ndarray, count: int) -> list[int]:
     return ids[len(row) :]
 
 
-def test_the_cache_changes_nothing(tmp_path: Path) -> None:
-    model, rows = adapted(write_model(tmp_path / "base")), sequences()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cache_changes_nothing(tmp_path: Path, family: str) -> None:
+    model, rows = adapted(write_model(tmp_path / "base", FAMILIES[family])), sequences()
     new = model.generate(*(padded(rows)[0],), 9, attention_mask=padded(rows)[1])
     assert [row.tolist() for row in new] == [grown(model, row, 9) for row in rows]
 

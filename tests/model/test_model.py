@@ -23,16 +23,17 @@ from lora.model import attention_mixer
 from lora.model.loading import load
 from lora.model.model import Model
 from lora.ops import lowrank_linear
+from lora.train.optimizer import AdamW
 from tests.harness.bounds import relative
-from tests.harness.models import TINY_QWEN2, write_model
+from tests.harness.models import FAMILIES, TINY_QWEN2, TINY_QWEN3_5, write_model
 
 ALL = LoraConfig(r=3, target_modules="all-linear")
 LENGTHS = (7, 1, 12, 4)
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "base")
+@pytest.fixture(params=FAMILIES)
+def base(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    return write_model(tmp_path / "base", FAMILIES[request.param])
 
 
 def adapted(base: Path, config: LoraConfig = ALL, dtype: str = "float64", **head: Any) -> Model:
@@ -69,7 +70,7 @@ def widen_adapter(model: Model) -> None:
     adapter.replaced = {name: array.astype("float64") for name, array in adapter.replaced.items()}
 
 
-def directional(model: Model, batch: Packed, name: str, direction: np.ndarray, h: float = 1e-4) -> float:
+def directional(model: Model, batch: Packed, name: str, direction: np.ndarray, h: float = 2e-5) -> float:
     array = model.trainable()[name]
     start, losses = array.copy(), []
     for t in (h, -h, 2 * h, -2 * h):
@@ -190,6 +191,28 @@ def test_zero_b_is_the_base(base: Path) -> None:
     np.testing.assert_array_equal(model(ids), plain)
 
 
+def test_under_qv_the_keys_of_a_fused_projection_are_not_trained(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", TINY_QWEN3_5)
+    model = load(base)
+    model.add_adapter(LoraConfig(r=2))  # qv
+    name = "base_model.model.model.layers.0.linear_attn.in_proj_qkv.lora_B.weight"
+    keys = slice(2 * 6, 2 * 2 * 6)
+    optimizer = AdamW(model, lr=0.1)
+    for _ in range(2):
+        optimizer.step(model.step(pack_causal(sequences())).gradients)
+    trained = model.trainable()[name]
+    assert (trained[keys] == 0).all()
+    assert (np.delete(trained, np.r_[keys], axis=0) != 0).all()
+    model.save_adapter(tmp_path / "adapter")
+    again = load(tmp_path / "adapter")
+    assert (again.step(pack_causal(sequences())).gradients[name][keys] == 0).all()
+    whole = load(base)
+    whole.add_adapter(LoraConfig(r=2, target_modules=["in_proj_qkv"]))
+    optimizer = AdamW(whole, lr=0.1)
+    optimizer.step(whole.step(pack_causal(sequences())).gradients)
+    assert (whole.trainable()[name][keys] != 0).all()
+
+
 def test_a_new_target_moves_no_other_start(base: Path) -> None:
     few, many = load(base), load(base)
     few.add_adapter(LoraConfig(target_modules=["v_proj"]), seed=7)
@@ -220,7 +243,8 @@ def test_bfloat16_base_trains_in_float32(tmp_path: Path) -> None:
 
 def test_bfloat16_arithmetic_stays_near(base: Path) -> None:
     ids = np.stack(sequences(lengths=(9, 9)))
-    assert relative(adapted(base, dtype="bfloat16")(ids), adapted(base)(ids)) < 0.05
+    # a rounding is 2^-9, and some dozens of them lie between the ids and the logits
+    assert relative(adapted(base, dtype="bfloat16")(ids), adapted(base)(ids)) < 0.1
 
 
 @pytest.mark.parametrize(
