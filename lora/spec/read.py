@@ -14,6 +14,8 @@ from lora.spec.expressions import evaluate, letters
 from lora.spec.model_spec import ModelSpec
 from lora.spec.spelling import one_spelling
 
+_MOST = 2**31 - 1  # no size of a model is near it, and arithmetic on such numbers is safe
+
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """Return the sizes that `config`, the content of a config.json in any spelling, states.
@@ -58,9 +60,6 @@ def _family(model_type: Any) -> FamilyContract:
     raise UnsupportedError(
         f"config.json: model_type {reprlib.repr(model_type)} is not built; these are: {known}"
     )
-
-
-_MOST = 2**31 - 1
 
 
 class _Values:
@@ -122,23 +121,28 @@ def _axes(contract: FamilyContract, values: _Values) -> dict[str, int]:
     """Return the sizes by letter; a letter whose key was reported as a problem is left out."""
     axes: dict[str, int] = {}
     for letter, key in contract.axes.items():
-        default = contract.defaults.get(key)
         if key == "rotary_dim":
-            size = _rotary_dim(contract, values, axes.get("E", 0))
-        elif default is None or key in values.config:
-            size = values.whole(key)
+            size = _rotary_dim(contract, values, axes.get("E"))
+        elif key in contract.defaults and key not in values.config:
+            size = _default(contract.defaults[key], axes)
         else:
-            size = evaluate(default, axes) if set(letters(default)) <= axes.keys() else 0
-        if size:
+            size = values.whole(key) or None
+        if size == 0:
+            values.problems.append(f"{key} comes out as 0, expected at least 1")
+        elif size is not None:
             axes[letter] = size
     return axes
 
 
-def _rotary_dim(contract: FamilyContract, values: _Values, head_dim: int) -> int:
+def _default(expression: str, axes: Mapping[str, int]) -> int | None:
+    return evaluate(expression, axes) if set(letters(expression)) <= axes.keys() else None
+
+
+def _rotary_dim(contract: FamilyContract, values: _Values, head_dim: int | None) -> int | None:
     factor = values.real("partial_rotary_factor", contract.defaults["partial_rotary_factor"])
     if factor > 1:
         values.problems.append(f"partial_rotary_factor is {factor}, expected at most 1")
-    return 0 if math.isnan(factor) else int(head_dim * min(factor, 1.0))
+    return None if head_dim is None or math.isnan(factor) else int(head_dim * min(factor, 1.0))
 
 
 def _check_rules(contract: FamilyContract, axes: Mapping[str, int], problems: list[str]) -> None:

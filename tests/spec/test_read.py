@@ -30,9 +30,18 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
+HYBRID: configs.Config = GOOD | {
+    "model_type": "qwen3_5",
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 2,
+}
 KEYS = [
-    *GOOD,
-    "head_dim",
+    *HYBRID,
     "tie_word_embeddings",
     "layer_types",
     "rope_parameters",
@@ -43,7 +52,6 @@ KEYS = [
     "pad_token_id",
     "initializer_range",
     "quantization_config",
-    "full_attention_interval",
 ]
 
 
@@ -74,6 +82,8 @@ def test_what_a_file_may_leave_out() -> None:
         ({"rope_theta": None, "vocab_size": None}, ["rope_theta is missing", "vocab_size is missing"]),
         ({"num_hidden_layers": 10**12, "rope_theta": 10**400}, ["num_hidden_layers", "rope_theta"]),
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings"]),
+        ({"hidden_size": 3}, ["head_dim comes out as 0"]),
+        ({"partial_rotary_factor": 0.1}, ["rotary_dim comes out as 0"]),
     ],
 )
 def test_refused_by_name(change: dict[str, Any], named: list[str]) -> None:
@@ -85,6 +95,11 @@ def test_refused_by_name(change: dict[str, Any], named: list[str]) -> None:
 def test_another_family_is_refused_by_the_ones_there_are(model_type: Any) -> None:
     with pytest.raises(UnsupportedError, match=r"Qwen2\.5 \(qwen2\).*Qwen3\.5 \(qwen3_5_text or qwen3_5\)"):
         spec.read_spec(GOOD | {"model_type": model_type})
+
+
+def test_both_bases_of_the_hostile_files_are_good() -> None:
+    assert spec.read_spec(GOOD).family == "qwen2"
+    assert spec.read_spec(HYBRID).layer_types == ("linear_attention", "full_attention", "linear_attention")
 
 
 def test_inactive_keys_of_published_files_are_no_reason_to_refuse() -> None:
@@ -121,11 +136,13 @@ def _published(size: str) -> configs.Config:
     return dict(family_contract("qwen3_5").sizes[size].config)
 
 
-@given(st.dictionaries(st.sampled_from(KEYS), JSON), st.sampled_from(["qwen2", "qwen3_5"]))
-def test_a_hostile_file_is_read_or_refused(changes: dict[str, Any], model_type: str) -> None:
-    config = GOOD | {"model_type": model_type} | changes
+@given(
+    st.sampled_from([GOOD, HYBRID]),
+    st.dictionaries(st.sampled_from(KEYS), JSON | st.integers(0, 9) | st.floats(0, 1), max_size=3),
+)
+def test_a_hostile_file_is_read_or_refused(good: configs.Config, changes: dict[str, Any]) -> None:
     try:
-        found = spec.read_spec(config)
+        found = spec.read_spec(good | changes)
     except (ContractError, UnsupportedError) as error:
         assert len(str(error)) < 5000  # noqa: PT017 - the message must stay readable, whatever the file holds
         return
