@@ -281,17 +281,17 @@ def _in_sequence(state: Array, saved: Saved, layout: _Layout) -> Array:
 
 def _chunk(now: _Tokens) -> _Chunk:
     xp, (q, k, v, g, beta) = array_module(now.v), now
-    total = xp.cumsum(g, axis=-2)
-    size = total.shape[-2]
-    lower = xp.tri(size, dtype=bool)
+    # in float64: after one strong decay the small differences of later sums would lose their digits
+    total = xp.cumsum(g, axis=-2, dtype="float64")
     # the mask comes before the exponential: above the diagonal c_i - c_j is positive and may overflow
-    decay = xp.exp(xp.where(lower, total - _t(total), -xp.inf))
+    lower = xp.tri(total.shape[-2], dtype=bool)
+    decay = xp.exp(xp.where(lower, total - _t(total), -xp.inf).astype(g.dtype))
     overlap = _below(matmul(k, _t(k)) * decay)
     solve = _unit_lower_inverse(beta * overlap)
-    since_start = xp.exp(total)
+    since_start = xp.exp(total.astype(g.dtype))
     return _Chunk(
         since_start=since_start,
-        until_end=xp.exp(total[..., -1:, :] - total),
+        until_end=xp.exp((total[..., -1:, :] - total).astype(g.dtype)),
         decay=decay,
         overlap=overlap,
         solve=solve,
