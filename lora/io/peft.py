@@ -177,6 +177,8 @@ def _from_json(values: Mapping[str, Any], path: Path) -> LoraConfig:
     if unknown:
         raise UnsupportedError(f"{path}: not built here: {', '.join(f'{k} {values[k]!r}' for k in unknown)}")
     given = {k: value for k, value in values.items() if k in known}
+    if given.get("lora_alpha", 0) is None:
+        raise AdapterError(f"{path}: lora_alpha is null, expected a number; only an absent key has a default")
     for key in ("rank_pattern", "alpha_pattern"):
         given[key] = given.get(key) or {}
     return LoraConfig(**(_PEFT_DEFAULTS | given))

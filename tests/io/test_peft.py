@@ -152,6 +152,7 @@ def test_keys_that_a_file_lacks_have_pefts_defaults(folder: Path) -> None:
         ({"peft_type": None}, UnsupportedError, "peft_type"),
         ({"target_modules": None}, AdapterError, "target_modules"),
         ({"r": None}, AdapterError, "r is None"),
+        ({"lora_alpha": None}, AdapterError, "lora_alpha is null"),
         ({"r": "8", "use_rslora": 1}, AdapterError, "r is '8'.*use_rslora is 1"),
     ],
 )

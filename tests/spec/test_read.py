@@ -81,6 +81,7 @@ def test_what_a_file_may_leave_out() -> None:
         ),
         ({"rope_theta": None, "vocab_size": None}, ["rope_theta is missing", "vocab_size is missing"]),
         ({"num_hidden_layers": 10**12, "rope_theta": 10**400}, ["num_hidden_layers", "rope_theta"]),
+        ({"head_dim": 10**400, "vocab_size": 2**31}, ["head_dim", "vocab_size"]),
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings"]),
         ({"hidden_size": 3}, ["head_dim comes out as 0"]),
         ({"partial_rotary_factor": 0.1}, ["rotary_dim comes out as 0"]),
