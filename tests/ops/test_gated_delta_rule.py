@@ -82,7 +82,7 @@ class Case(NamedTuple):
 
     @property
     def calm(self) -> Case:
-        """The case without values of ten thousand: their gates are steps, their decays lose digits in sums."""
+        """The case without values of ten thousand: their gates are steps, sums of their decays inexact."""
         return self._replace(texture="normal") if self.texture == "large" else self
 
 
