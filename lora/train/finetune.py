@@ -98,10 +98,24 @@ def prepare(config: FinetuneConfig, model: Model | str | Path, data: Path) -> Pr
     if config.model_size is not None:
         check_named_size(spec, config.model_size)
     examples = tokenise(rows, Tokenizer.load(folder), config.max_seq_len)
-    config = replace(config, method=choose_method(spec, config.method))
-    base = model.base_name if isinstance(model, Model) else base_name(model)
     class_names = rows.class_names if isinstance(rows, ClassifyData) else ()
+    config = replace(config, method=_method(config, spec, class_names))
+    base = model.base_name if isinstance(model, Model) else base_name(model)
     return Prepared(config, folder, base, spec, rows, examples, class_names)
+
+
+def _method(config: FinetuneConfig, spec: ModelSpec, class_names: Sequence[str]) -> Any:
+    """Return the method, "auto" decided as `lora.plan` decides it."""
+    sizes = {"num_classes": len(class_names)} if class_names else {}
+    return choose_method(
+        spec,
+        config.method,
+        task=str(config.task),
+        dtype=config.dtype,
+        max_seq_len=config.max_seq_len,
+        device=config.device,
+        **sizes,
+    )
 
 
 def _config(task: str | None, settings: dict[str, Any]) -> FinetuneConfig:
