@@ -49,7 +49,7 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str) -> str | tu
     "--method",
     "-m",
     metavar="[auto|full|lora|head]",
-    help="auto is lora; head trains a classifier's head alone.",
+    help="auto picks full or lora by the memory it takes; head trains a classifier's head alone.",
 )
 @setting("--rank", "-r", type=int, help="Rank of the adapters.")
 @setting("--alpha", type=float, default="2 x rank", help="The adapters' output is scaled by alpha / rank.")
@@ -88,7 +88,7 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str) -> str | tu
 @setting(
     "--model-size", metavar="SIZE", help="A published size, for example 0.5B: of MODEL, or in its place."
 )
-@setting("--device", metavar="[cpu]", help="Where to train.")
+@setting("--device", metavar="[cpu]", help="Where to train; a --plan also knows cuda.")
 @setting("--dtype", metavar="[float32|float64|bfloat16]", help="Precision of the arithmetic.")
 @click.option("--plan", is_flag=True, help="Say what the run would take. Nothing is loaded or written.")
 @click.option("--vram", type=float, show_default="16.0", help="GB that the plan may use.")
@@ -112,7 +112,7 @@ def finetune(
     config = FinetuneConfig(**settings)
     refuse_apr(model, output)
     if plan:
-        _plan(config, model, data, vram, as_json)
+        _plan(config, model, data, vram, as_json=as_json)
         return
     if vram is not None:
         raise UsageError("--vram belongs to --plan")
@@ -129,6 +129,18 @@ def finetune(
         print_json(run.as_dict() | {"base_model": str(inputs.model), "data": str(inputs.data)})
     else:
         print_run(run)
+
+
+def _plan(
+    config: FinetuneConfig, model: str | None, data: str | None, vram: float | None, *, as_json: bool
+) -> None:
+    from lora.cli.plan import make_plan, print_plan
+
+    made = make_plan(config, model, data, vram)
+    if as_json:
+        print_json({"status": "planned", **made.as_dict()})
+    else:
+        print_plan(made)
 
 
 @dataclass(frozen=True)

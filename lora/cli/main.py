@@ -6,6 +6,7 @@ output, 130 interrupted, 141 nobody reads the output.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -63,6 +64,9 @@ for _command in (demo, finetune, evaluate, predict, merge, inspect, doctor):
 
 def main() -> None:
     """Run the command line of this process, and end it with the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
     sys.exit(run(sys.argv[1:]))
 
 

@@ -15,7 +15,7 @@ LISTED = 20  # names that are shown of a longer list
 
 def print_json(document: Any) -> None:
     """Print `document` as the one JSON document of this run; a number that is not finite becomes null."""
-    click.echo(json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False))
+    click.echo(json.dumps(_plain(document), indent=2, allow_nan=False))
 
 
 def print_table(

@@ -86,5 +86,5 @@ def adapter(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A trained classifier's adapter; the pooling and head are those that Transformers has too."""
     output = tmp_path_factory.mktemp("trained")
     return finetune(
-        base, rows, output=output, epochs=1, learning_rate=0.1, pooling="last", head_bias=False
+        base, rows, output=output, method="lora", epochs=1, learning_rate=0.1, pooling="last", head_bias=False
     ).best

@@ -12,7 +12,7 @@ from lora.io.peft import load_adapter
 from lora.train.config import FinetuneConfig
 from tests.data.files import write_jsonl
 
-QUICK = ("--epochs", "2", "--batch-size", "8")
+QUICK = ("--method", "lora", "--epochs", "2", "--batch-size", "8")
 # what scripts read, by the seed's names
 KEYS = {
     "status",

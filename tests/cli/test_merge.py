@@ -59,7 +59,7 @@ def test_a_base_that_has_moved_is_given_by_hand(lora, own_base, adapter, tmp_pat
 
 
 def test_a_head_that_transformers_reads_otherwise_is_told(lora, base, rows, tmp_path) -> None:
-    mean_pooled = finetune(base, rows, output=tmp_path / "run", epochs=1).best
+    mean_pooled = finetune(base, rows, output=tmp_path / "run", method="lora", epochs=1).best
     outcome = lora("merge", "--adapter", mean_pooled, "-o", tmp_path / "merged", "--json")
     assert outcome.document["status"] == "merged"
     assert outcome.err.startswith("note: Transformers")
