@@ -23,7 +23,7 @@ def new_adapter(parameters: Parameters, spec: ModelSpec, config: LoraConfig, see
 
     Each A is drawn from `seed` and the name of its module: a new target moves no other's numbers.
     """
-    config.validate()
+    config.validate(training=False)
     _refuse_embedding_that_is_the_head(parameters, config)
     modules = adaptable_modules(spec)
     factors: dict[str, Factors] = {}
