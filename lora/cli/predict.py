@@ -118,7 +118,7 @@ def _prediction(text: str, row: np.ndarray, names: Sequence[str]) -> Prediction:
 
 def _read(texts: tuple[str, ...], data: str | None) -> Texts:
     if texts:
-        return Texts(texts, None)
+        return Texts(_decoded(texts), None)
     if data is not None:
         return _rows(Path(data)) if data.endswith(".jsonl") else _lines(_content(Path(data)), data)
     if sys.stdin.isatty():
@@ -126,6 +126,14 @@ def _read(texts: tuple[str, ...], data: str | None) -> Texts:
             "nothing to classify: give texts as arguments, in a file with --data, or on standard input"
         )
     return _lines(sys.stdin.buffer.read(), "standard input")
+
+
+def _decoded(texts: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:  # Python keeps bytes that are no UTF-8 as halves of surrogate pairs
+        raise UsageError("expected texts in UTF-8 as arguments; other bytes come in a file") from error
+    return texts
 
 
 def _rows(path: Path) -> Texts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora.estimate import plan
+from lora.estimate import Settings, plan
 from tests.cli.conftest import LABELLED
 from tests.data.files import write_jsonl
 
@@ -44,6 +44,10 @@ def test_json_is_the_plan_of_the_library(lora) -> None:
     assert document["memory_breakdown"].keys() >= PARTS
     assert document == {"status": "planned"} | plan("9b", task="classify").as_dict()
     assert (document["num_classes"], document["adapter_params_stored"]) == (5, 6946816)
+
+
+def test_help_tells_the_default_budget(lora) -> None:
+    assert f"[default: ({Settings.vram_gb})]" in " ".join(lora("finetune", "--help").out.split())
 
 
 def test_every_flag_that_memory_depends_on_reaches_the_plan(lora) -> None:

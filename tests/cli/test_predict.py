@@ -105,6 +105,7 @@ def test_cut_texts_are_counted_and_said(lora, adapter) -> None:
 
 def test_what_cannot_be_predicted_is_refused(lora, base, adapter, rows, tmp_path) -> None:
     assert lora("predict", adapter, "text", "--data", rows).exit_code == 2
+    assert lora("predict", adapter, "\udcff is no UTF-8").exit_code == 2
     assert lora("predict", adapter, "--data", tmp_path / "nothing.txt").exit_code == 3
     assert lora("predict", adapter, "--data", tmp_path / "nothing.jsonl").exit_code == 3
     assert lora("predict", tmp_path / "nothing", "text").exit_code == 3
