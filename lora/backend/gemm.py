@@ -76,7 +76,7 @@ def widen_into(out: Array, narrow: Array) -> None:
 
 def _buffer(size: int, dtype: np.dtype[Any]) -> Array:
     """Return this thread's scratch of at least `size` elements of `dtype`."""
-    held: dict[np.dtype[Any], Array] = _scratch.__dict__
+    held: dict[Any, Array] = _scratch.__dict__
     if dtype not in held or held[dtype].size < size:
         held[dtype] = np.empty(size, dtype)
     return held[dtype]

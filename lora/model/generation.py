@@ -38,7 +38,7 @@ def generate(
         if all(_ended(row, spec) for row in new):
             break
         # a row that has ended runs on beside the others: what it would say is not kept
-        batch = pack(tokens[:, None])
+        batch = pack(list(tokens[:, None]))
     return [np.array(row, np.int64) for row in new]
 
 

@@ -78,7 +78,7 @@ class ClassifierHead:
 
     def normalizer(self, batch: Packed, class_weights: Array | None) -> float:
         """Return the number of rows, or with class weights the sum of the rows' weights."""
-        return float(len(batch.targets) if class_weights is None else class_weights[batch.targets].sum())
+        return float(batch.counted if class_weights is None else class_weights[batch.targets].sum())
 
     def score(
         self, ops: Ops, parameters: Parameters, hidden: Array, batch: Packed, *, class_weights: Array | None

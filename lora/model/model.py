@@ -150,8 +150,10 @@ class Model:
 
         Raises:
             AdapterError: a target matches nothing, the name is in use, or an adapter is merged.
+            UnsupportedError: the configuration asks for what is not built.
         """
         self._check_new(name)
+        config.validate()
         config = replace(config, task_type=self._task_type, base_model_name_or_path=self.base_name)
         self.parameters.adapters[name] = new_adapter(self.parameters, self.spec, config, seed)
         self.parameters.activate(name)
@@ -305,6 +307,8 @@ class Model:
             raise AdapterError(
                 "nothing is trainable: add_adapter() first, or train_all() for full fine-tuning"
             )
+        if self.parameters.adapter is not None:
+            self.parameters.adapter.config.validate()  # one that only runs may have what cannot be trained
 
     def _check_new(self, name: str) -> None:
         if name in self.parameters.adapters:

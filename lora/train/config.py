@@ -94,7 +94,7 @@ class FinetuneConfig:
 
     def lora_config(self) -> LoraConfig:
         """Return the adapter's configuration."""
-        targets = self.targets if isinstance(self.targets, str) else list(self.targets)
+        targets = self.targets if isinstance(self.targets, str) else tuple(self.targets)
         return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets)
 
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lora.errors import AdapterError, LoraWarning
+from lora.errors import AdapterError, LoraWarning, UnsupportedError
 from lora.io.lora_config import LoraConfig
 from lora.model.loading import load
 from tests.harness.bounds import relative
@@ -88,6 +88,18 @@ def test_adapters_round_trip_and_switch(tmp_path: Path) -> None:
         again.load_adapter(tmp_path / "one", name="two")
     from_folder = load(tmp_path / "one", dtype="float64")
     np.testing.assert_array_equal(from_folder(IDS), model(IDS))
+
+
+def test_an_adapter_with_dropout_runs_and_merges_and_is_not_trained(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    adapted(base).save_adapter(tmp_path / "one")
+    path = tmp_path / "one" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_dropout": 0.05}))
+    model = load(tmp_path / "one", dtype="float64")
+    np.testing.assert_array_equal(model(IDS), adapted(base)(IDS))
+    with pytest.raises(UnsupportedError, match="lora_dropout"):
+        model.loss_and_gradients(IDS, IDS)
+    model.merge_adapter()
 
 
 def test_a_merged_adapter_blocks_what_would_confuse(tmp_path: Path) -> None:
