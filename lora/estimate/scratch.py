@@ -1,0 +1,156 @@
+"""Bytes that are live for a while beside the records: inside one block, around the logits, under a weight.
+
+Counted from the locals of the reference operations where each phase is widest; the widest phase decides.
+`tests/estimate/test_measured.py` holds the sums against what a step really allocates.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+from lora.backend.gemm import WIDENED_BYTES
+from lora.estimate.activations import delta_channels, layer_record, recorded_layers
+from lora.estimate.workload import STORED_BYTES, TRAINED_BYTES, Workload
+from lora.ops.attention import JOINED_TOKENS, TILE_SCORES
+from lora.ops.gated_delta_rule import CHUNK, STEP_ELEMENTS
+from lora.ops.softmax_xent import CHUNK_BYTES
+from lora.spec import adaptable_modules
+
+
+def scratch_bytes(workload: Workload, tokens: int, longest: int) -> int:
+    """Return what one block has live at once over `tokens` tokens in sequences of `longest`."""
+    recorded = recorded_layers(workload)
+    phases = [_embedding_gradient(workload)]
+    if recorded:
+        phases.append(_feed_forward_backward(workload, tokens))
+    for kind in {kind for kind, _ in recorded}:
+        backward = _delta_backward if kind == "linear_attention" else _attention_backward
+        phases.append(_held_over_mixer(workload, tokens) + backward(workload, tokens, longest))
+    if len(recorded) < workload.spec.num_hidden_layers:
+        phases += [_unrecorded(workload, kind, tokens, longest) for kind in set(workload.spec.layer_types)]
+    return max(phases)
+
+
+def _feed_forward_backward(workload: Workload, tokens: int) -> int:
+    narrow, wide = workload.activation_bytes, workload.wide_bytes
+    # one gradient from above, and four arrays of SwiGLU's; narrow inputs are widened into copies
+    width = 7 * wide + narrow if narrow < wide else 5 * wide
+    return tokens * (width * workload.spec.intermediate_size + 2 * narrow * workload.spec.hidden_size)
+
+
+def _held_over_mixer(workload: Workload, tokens: int) -> int:
+    """Return the gradients of the feed-forward and of the stream that live on under the mixer's backward."""
+    held = 3 * (workload.spec.intermediate_size + workload.spec.hidden_size)
+    return tokens * held * workload.activation_bytes
+
+
+def _attention_backward(workload: Workload, tokens: int, longest: int) -> int:
+    spec, narrow, wide = workload.spec, workload.activation_bytes, workload.wide_bytes
+    queries, keys = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
+    widened = narrow < wide
+    held = 3 * (queries + keys)  # for q and k before and after their rotation, for o, for v
+    if spec.qk_norm:
+        held += queries + keys
+    if spec.attn_output_gate:
+        held += 3 * queries
+    projection = 3 * spec.hidden_size + (queries if widened else 0)
+    attention = (4 if widened else 2) * keys
+    rows = tokens * (held * narrow + max(projection, attention) * wide)
+    return rows + _tile(workload, tokens, longest, copies=3)
+
+
+def _tile(workload: Workload, tokens: int, longest: int, *, copies: int) -> int:
+    """Return the bytes of `copies` of the scores of one tile of attention, over all heads, and of its mask.
+
+    A tile's arrays die when the next tile's have taken their names: one more is alive than is read.
+    """
+    heads, seen = workload.spec.num_attention_heads, min(tokens, max(longest, 2 * JOINED_TOKENS))
+    scores = min(seen * seen, max(JOINED_TOKENS * seen, TILE_SCORES // heads))
+    return scores * (copies * heads + 1) * workload.wide_bytes
+
+
+def _delta_backward(workload: Workload, tokens: int, longest: int) -> int:
+    spec, narrow, wide = workload.spec, workload.activation_bytes, workload.wide_bytes
+    channels, values = delta_channels(spec), spec.linear_num_value_heads * spec.linear_value_head_dim
+    rule = _delta_rule(workload, tokens, longest, per_token=4, squares=10, rows=6, states=4)
+    rule += _places(tokens, longest) // CHUNK * _state(workload) * wide  # what each chunk met
+    convolution = tokens * channels * (2 * narrow + 6 * wide)
+    projection = tokens * (3 * channels * narrow + 3 * spec.hidden_size * wide)
+    return tokens * 3 * values * narrow + max(rule, convolution, projection)
+
+
+def _delta_rule(
+    workload: Workload, tokens: int, longest: int, *, per_token: int, squares: int, rows: int, states: int
+) -> int:
+    """Return the bytes of the chunked rule: `per_token` arrays as wide as q, k and v, and those of one step.
+
+    A step holds `squares` arrays [C, C], `rows` pairs of [C, K] and [C, W], and `states` of [K, W], for each
+    head of each chunk that it takes at once.
+    """
+    spec, heads = workload.spec, workload.spec.linear_num_value_heads
+    widths = spec.linear_key_head_dim + spec.linear_value_head_dim
+    most = max(1, STEP_ELEMENTS // (CHUNK * heads * spec.linear_value_head_dim))
+    sequences = ceil(tokens / longest)
+    step = heads * CHUNK * (squares * CHUNK + rows * widths) + states * _state(workload)
+    elements = per_token * _places(tokens, longest) * delta_channels(spec) + min(sequences, most) * step
+    return (elements + sequences * _state(workload)) * workload.wide_bytes
+
+
+def _places(tokens: int, longest: int) -> int:
+    """Return the tokens with what fills the last chunk of each sequence."""
+    return ceil(tokens / longest) * ceil(longest / CHUNK) * CHUNK
+
+
+def _state(workload: Workload) -> int:
+    """Return the elements of the state of one sequence."""
+    spec = workload.spec
+    return spec.linear_num_value_heads * spec.linear_key_head_dim * spec.linear_value_head_dim
+
+
+def _unrecorded(workload: Workload, kind: str, tokens: int, longest: int) -> int:
+    """Return what the forward of a block takes whose record dies when the block ends."""
+    spec, narrow, wide = workload.spec, workload.activation_bytes, workload.wide_bytes
+    width = 3 * wide if narrow < wide else 2 * wide
+    feed_forward = tokens * (width * spec.intermediate_size + 4 * narrow * spec.hidden_size)
+    if kind == "linear_attention":
+        mixer = _delta_rule(workload, tokens, longest, per_token=3, squares=5, rows=4, states=2)
+    else:
+        mixer = _tile(workload, tokens, longest, copies=2)
+    return tokens * layer_record(spec, kind, {}).size(workload) + max(feed_forward, mixer)
+
+
+def _embedding_gradient(workload: Workload) -> int:
+    """Return what the two parts of a tied embedding's gradient take beside its place among the gradients."""
+    if workload.method != "full" or not workload.spec.tie_word_embeddings or workload.task != "causal":
+        return 0
+    return 2 * workload.spec.vocab_size * workload.spec.hidden_size * workload.wide_bytes
+
+
+def widening_bytes(workload: Workload) -> int:
+    """Return the buffer that weights stored narrower than sums are taken pass through, block by block."""
+    stored = TRAINED_BYTES if workload.method == "full" else STORED_BYTES[workload.weight_dtype]
+    if stored == workload.wide_bytes:
+        return 0
+    largest = max(rows * columns for rows, columns in adaptable_modules(workload.spec).values())
+    if workload.task == "causal":
+        largest = max(largest, workload.spec.vocab_size * workload.spec.hidden_size)
+    return min(WIDENED_BYTES, largest * workload.wide_bytes)
+
+
+def logits_bytes(workload: Workload, tokens: int, longest: int) -> int:
+    """Return the bytes of the largest chunk of logits, and of the hidden states that go in and out of it."""
+    hidden = workload.spec.hidden_size * workload.wide_bytes
+    if workload.task == "classify":
+        return ceil(tokens / longest) * (workload.num_classes * workload.wide_bytes + 2 * hidden)
+    row = workload.spec.vocab_size * workload.wide_bytes
+    chunk = min(tokens, max(1, CHUNK_BYTES // row)) * (row + 2 * hidden)
+    # a trained head's gradient comes in blocks of classes
+    return chunk + tokens * hidden if workload.method == "full" else chunk
+
+
+def head_gradient_bytes(workload: Workload) -> int:
+    """Return the bytes of the gradient of the head, which exists before that of any block."""
+    trained = workload.head_parameters
+    if workload.method == "full" and workload.task == "causal":
+        trained = workload.spec.vocab_size * workload.spec.hidden_size
+    return trained * workload.wide_bytes
