@@ -70,8 +70,9 @@ def _of_the_rows(config: FinetuneConfig, data: str | None) -> dict[str, Any]:
 def print_plan(plan: Plan) -> None:
     """Print what would be trained, what it takes by part, and whether it fits."""
     facts = plan.as_dict()
+    batch = facts["batch_size"] * facts["max_seq_len"]
     _print_trained(facts)
-    percent = f"{facts['trainable_percent']:.3g} %"
+    percent, share = f"{facts['trainable_percent']:.3g} %", f"{facts['utilization_percent']:.1f} %"
     click.echo("\nRECOMMENDED CONFIGURATION")
     print_facts(
         {
@@ -79,39 +80,33 @@ def print_plan(plan: Plan) -> None:
             "Rank": facts["recommended_rank"],
             "Alpha": facts["recommended_alpha"],
             "Trainable params": f"{facts['trainable_params']:,} ({percent})",
-            "Memory required": (
-                f"{facts['memory_gb']:.2f} GB ({facts['utilization_percent']:.1f} % of {plan.vram_gb:g} GB)"
-            ),
-            "At once": f"{facts['micro_batch_tokens']:,} tokens of a batch of {_batch_tokens(plan):,}",
+            "Memory required": f"{facts['memory_gb']:.2f} GB ({share} of {facts['vram_gb']:g} GB)",
+            "At once": f"{facts['micro_batch_tokens']:,} tokens of a batch of {batch:,}",
         }
     )
     click.echo("\nMEMORY BREAKDOWN")
     print_facts(_breakdown(facts["memory_breakdown"]))
-    click.echo(f"\n{_verdict(plan, facts)}")
+    click.echo(f"\n{_verdict(facts)}")
 
 
 def _print_trained(facts: dict[str, Any]) -> None:
     hidden, classes = facts["hidden_size"], facts["num_classes"]
-    alpha = facts["recommended_alpha"]
     trained = {
         "Model": f"{hidden}h x {facts['num_layers']}L, {facts['model_params']:,} params",
-        "LoRA": f"rank={facts['lora_rank']}, alpha={alpha:g}, {facts['lora_adapters']} adapters"
-        if alpha
-        else None,
-        "Adapter params": _adapter_params(facts) if alpha else None,
+        **(_adapters(facts) if facts["recommended_method"] == "lora" else {}),
         "Classifier": f"{hidden}->{classes} ({facts['head_params']:,} params)" if classes else None,
         "Total trainable": f"{facts['trainable_params']:,} params",
     }
     print_facts(trained)
 
 
-def _adapter_params(facts: dict[str, Any]) -> str:
+def _adapters(facts: dict[str, Any]) -> dict[str, str]:
     stored, trained = facts["adapter_params_stored"], facts["adapter_params_trained"]
-    return f"{stored:,} stored, {trained:,} trained"
-
-
-def _batch_tokens(plan: Plan) -> int:
-    return plan.batch_size * plan.max_seq_len
+    rank, alpha, count = facts["lora_rank"], facts["recommended_alpha"], facts["lora_adapters"]
+    return {
+        "LoRA": f"rank={rank}, alpha={alpha:g}, {count} adapters",
+        "Adapter params": f"{stored:,} stored, {trained:,} trained",
+    }
 
 
 def _breakdown(parts: dict[str, Any]) -> dict[str, str]:
@@ -130,16 +125,13 @@ def _breakdown(parts: dict[str, Any]) -> dict[str, str]:
     return shown | {"Savings": f"{parts['savings_percent']:.1f} % against full fine-tuning"}
 
 
-def _verdict(plan: Plan, facts: dict[str, Any]) -> str:
+def _verdict(facts: dict[str, Any]) -> str:
     memory = "VRAM" if facts["device"] == "cuda" else "memory"
-    if plan.fits:
-        return f"✓ Configuration fits in {plan.vram_gb:g} GB {memory}"
-    advice = ["lower --max-seq-len"]
-    if facts["recommended_method"] == "full":
-        advice.insert(0, "--method lora")
-    elif facts["recommended_rank"] is not None and facts["recommended_rank"] > 8:
-        advice.append("lower --rank")
+    if facts["fits"]:
+        return f"✓ Configuration fits in {facts['vram_gb']:g} GB {memory}"
+    # one sequence runs at once by then, and the adapters are a trifle beside its activations
+    advice = "lower --max-seq-len" if facts["recommended_method"] != "full" else "--method lora"
     return (
-        f"⚠ Configuration requires {facts['memory_gb']:.2f} GB, and only 85 % of {plan.vram_gb:g} GB "
-        f"{memory} can be used; try {', or '.join(advice)}"
+        f"⚠ Configuration requires {facts['memory_gb']:.2f} GB, and only 85 % of {facts['vram_gb']:g} GB "
+        f"{memory} can be used; try {advice}"
     )

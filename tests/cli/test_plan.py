@@ -90,7 +90,7 @@ def test_text_has_the_two_sections_and_a_verdict(lora) -> None:
         assert said in outcome.out
     small = lora(*flags, "--vram", "2", "--device", "cuda").out
     assert "⚠ Configuration requires" in small
-    assert "of 2 GB VRAM can be used; try lower --max-seq-len, or lower --rank" in small
+    assert "of 2 GB VRAM can be used; try lower --max-seq-len" in small
     full = lora("finetune", "--plan", "--model-size", "9B", "--method", "full").out
     assert "LoRA:" not in full
     assert "try --method lora" in full
