@@ -20,10 +20,8 @@ if TYPE_CHECKING:
     from lora.train.run import Run
 
 OUTPUT = "lora-demo"
-SETTINGS: dict[str, Any] = {
-    "epochs": 3,
-    "learning_rate": 1e-3,
-}  # of both runs: the head alone gets the same budget
+# of both runs: the head alone gets the same budget
+SETTINGS: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-3}
 MAX_SEQ_LEN = FinetuneConfig().max_seq_len
 LINES = (
     'rm -rf "$HOME"/*',
