@@ -12,6 +12,7 @@ from hypothesis.strategies import SearchStrategy
 
 from lora.contracts import Contract
 
+BROKEN = (TypeError, NameError, AttributeError)  # what a mutant raises that was written wrongly
 Check = Callable[[Any, Any], None]  # (the implementation under test, one drawn case)
 
 
@@ -41,7 +42,10 @@ def planted(contract: Contract, checks: Mapping[str, Check], mutants: Mapping[st
 
 
 def assert_killed(check: Check, mutant: Any, cases: SearchStrategy[Any]) -> None:
-    """Fail unless some case drawn from `cases` makes `check` reject `mutant`."""
+    """Fail unless some case drawn from `cases` makes `check` reject `mutant`.
+
+    A mutant that cannot even be called is no bug that anybody would make: it fails the test instead.
+    """
 
     @settings(
         max_examples=200,
@@ -49,6 +53,7 @@ def assert_killed(check: Check, mutant: Any, cases: SearchStrategy[Any]) -> None
         database=None,
         deadline=None,
         phases=[Phase.generate],
+        report_multiple_bugs=False,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
     )
     @given(cases)
@@ -58,6 +63,8 @@ def assert_killed(check: Check, mutant: Any, cases: SearchStrategy[Any]) -> None
 
     try:
         survives()
+    except BROKEN:
+        raise
     except (Exception, pytest.fail.Exception):  # noqa: BLE001 - any rejection kills it, that of pytest.raises too
         return
     pytest.fail("the planted bug survived: this claim's test cannot see it")

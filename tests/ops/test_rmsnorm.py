@@ -132,7 +132,9 @@ MUTANTS = {
     "drops_the_residual_gradient": _bug(backward=lambda s, dy, dstream, **k: rmsnorm.backward(s, dy, **k)),
     "forgets_the_root": _bug(forward=_without_root),
     "subtracts_the_mean": _bug(
-        forward=lambda x, w, r, **k: rmsnorm.forward(x - (x + r).mean(-1, keepdims=True), w, r, **k)
+        forward=lambda x, weight, residual, **k: rmsnorm.forward(
+            x - (x + residual).mean(-1, keepdims=True), weight, residual, **k
+        )
     ),
     "plain_norm_for_zero_centred": _bug(
         forward=lambda x, weight, residual, *, eps, zero_centred: rmsnorm.forward(
