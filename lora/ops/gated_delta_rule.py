@@ -21,13 +21,11 @@ arXiv:2406.06484 (the triangular system).
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from lora.backend import Array, accumulation_dtype, array_module, empty, matmul, to_host, wide
+from lora.backend import Array, accumulation_dtype, array_module, empty, matmul, wide
 from lora.errors import ShapeError
+from lora.ops._chunk_layout import Layout, Step, chunk_layout
 from lora.ops._logistic import sigmoid, softplus
 
 CHUNK = 64  # tokens: their triangular system still costs less than the products around it
@@ -62,22 +60,6 @@ class Grads(NamedTuple):
     initial_state: Array | None  # [S, H, K, W] accumulation dtype; None where none was given
 
 
-class _Step(NamedTuple):
-    """Chunks that are computed at once: the n-th ones of neighbouring sequences."""
-
-    chunks: slice
-    states: slice  # of those sequences, in the layout's order
-
-
-class _Layout(NamedTuple):
-    """Where the tokens go: all first chunks, all second ones, ...; in each the longest sequences first."""
-
-    size: int  # C, tokens of a chunk
-    slots: Array  # [N] the place of each token among the places of all chunks
-    order: Array  # [S] the sequences, longest first
-    steps: tuple[_Step, ...]  # in order of time
-
-
 class _Tokens(NamedTuple):
     """Tokens in chunks, [chunks, G, M or 1, C, width]."""
 
@@ -97,7 +79,7 @@ class _Chunk(NamedTuple):
     overlap: Array  # [.., C, C] K Kᵀ ∘ D below the diagonal: L without its β
     solve: Array  # [.., C, C] T
     u: Array  # [.., C, W] U
-    x: Array  # [.., C, K] X
+    x: Array | None  # [.., C, K] X; None where no state is met
     scores: Array  # [.., C, C] Q Kᵀ ∘ D
 
     @property
@@ -139,13 +121,18 @@ def forward(
     saved = Saved(q, k, v, a, b, A_log, dt_bias, cu_seqlens, initial_state)
     _check_shapes(saved)
     layout = _layout(saved)
-    tokens, state = _tokens(saved, layout), _first_state(saved, layout)
-    flat_o = empty((_places(layout), *tokens.v.shape[1:3], v.shape[2]), tokens.v.dtype, like=v)
-    o = _in_chunks(flat_o, layout)
+    tokens, states = _tokens(saved, layout), _states(initial_state, saved, layout)
+    flat = empty((layout.places, *tokens.v.shape[1:3], v.shape[2]), tokens.v.dtype, like=v)
+    o = layout.in_chunks(flat)
     for step in layout.steps:
-        now = _at(tokens, step)
-        o[step.chunks], state[step.states] = _advance(now, _chunk(now), state[step.states])
-    return (_in_order(flat_o, layout, v), _in_sequence(state, saved, layout) if wants_state else None), saved
+        now, met = _at(tokens, step), _met(states, step, saved)
+        chunk = _chunk(now, meets=met is not None)
+        written = _written(chunk, met)
+        o[step.chunks] = _read(now, chunk, met, written)
+        if wants_state or not step.last:
+            states[step.sequences] = _made(now, chunk, met, written)
+    o = flat[layout.slots].reshape(v.shape).astype(v.dtype, copy=False)
+    return (o, _by_sequence(states, saved, layout) if wants_state else None), saved
 
 
 def backward(saved: Saved, do: Array, dstate: Array | None = None, *, wants_decay: bool = False) -> Grads:
@@ -155,18 +142,21 @@ def backward(saved: Saved, do: Array, dstate: Array | None = None, *, wants_deca
     """
     layout = _layout(saved)
     tokens = _tokens(saved, layout)
-    met = _states_met(tokens, _first_state(saved, layout), layout)
-    do_chunks = _in_chunks(_spread(wide(do).reshape(len(do), *tokens.v.shape[1:3], -1), layout), layout)
-    dstates = _as_state(dstate, saved, layout)
-    flat = [empty((_places(layout), *t.shape[1:3], t.shape[4]), t.dtype, like=t) for t in tokens]
-    views = [_in_chunks(array, layout) for array in flat]
-    for step, state in zip(reversed(layout.steps), reversed(met), strict=True):
+    all_met = _all_met(tokens, saved, layout)
+    do_chunks = layout.in_chunks(layout.spread(wide(do).reshape(len(do), *tokens.v.shape[1:3], -1)))
+    dstates = _states(dstate, saved, layout)
+    flat = [empty((layout.places, *t.shape[1:3], t.shape[4]), t.dtype, like=t) for t in tokens]
+    views = [layout.in_chunks(array) for array in flat]
+    for step, met in zip(reversed(layout.steps), reversed(all_met), strict=True):
         now, do_now = _at(tokens, step), do_chunks[step.chunks]
-        grads, dstates[step.states] = _retreat(now, _chunk(now), state, do_now, dstates[step.states])
+        dmade = dstates[step.sequences] if dstate is not None or not step.last else None
+        grads, dmet = _retreat(now, _chunk(now, meets=met is not None), met, do_now, dmade)
         for view, grad in zip(views, grads, strict=True):
             view[step.chunks] = grad
+        if dmet is not None:
+            dstates[step.sequences] = dmet
     dtokens = _Tokens(*(array[layout.slots] for array in flat))
-    dinitial = _in_sequence(dstates, saved, layout) if saved.initial_state is not None else None
+    dinitial = _by_sequence(dstates, saved, layout) if saved.initial_state is not None else None
     return _input_grads(saved, dtokens, dinitial, wants_decay=wants_decay)
 
 
@@ -191,52 +181,16 @@ def _check_shapes(saved: Saved) -> None:
         )
 
 
-def _layout(saved: Saved) -> _Layout:
-    bounds = to_host(saved.cu_seqlens)
-    lengths = bounds[1:] - bounds[:-1]
-    size = int(min(CHUNK, lengths.max()))
-    order = np.argsort(-lengths, kind="stable")
-    chunks = -(-lengths // size)
-    ends = np.cumsum([0, *((chunks > n).sum() for n in range(chunks.max()))])
-    rank = np.empty_like(order)
-    rank[order] = np.arange(order.size)
-    offset = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
-    slots = (ends[offset // size] + np.repeat(rank, lengths)) * size + offset % size
-    xp, most = array_module(saved.v), max(1, STEP_ELEMENTS // (size * saved.v[0].size))
-    steps = []
-    for first, end in pairwise(ends.tolist()):
-        for start in range(first, end, most):
-            stop = min(start + most, end)
-            steps.append(_Step(slice(start, stop), slice(start - first, stop - first)))
-    return _Layout(size, xp.asarray(slots), xp.asarray(order), tuple(steps))
+def _layout(saved: Saved) -> Layout:
+    per_token = max(saved.v[0].size, saved.v.shape[1] * saved.k.shape[2])
+    return chunk_layout(saved.cu_seqlens, largest=CHUNK, tokens_at_once=STEP_ELEMENTS // per_token)
 
 
-def _places(layout: _Layout) -> int:
-    return layout.steps[-1].chunks.stop * layout.size
-
-
-def _spread(x: Array, layout: _Layout) -> Array:
-    """Return `x` [N, ...] at its slots [places, ...], zeros between the sequences."""
-    flat = array_module(x).zeros((_places(layout), *x.shape[1:]), x.dtype)
-    flat[layout.slots] = x
-    return flat
-
-
-def _in_chunks(flat: Array, layout: _Layout) -> Array:
-    """Return [places, G, M, width] as a view [chunks, G, M, C, width]."""
-    return flat.reshape(-1, layout.size, *flat.shape[1:]).transpose(0, 2, 3, 1, 4)
-
-
-def _in_order(flat: Array, layout: _Layout, like: Array) -> Array:
-    """Return [places, G, M, width] as the tokens [N, heads, width], in the dtype of `like`."""
-    return flat[layout.slots].reshape(like.shape).astype(like.dtype, copy=False)
-
-
-def _at(tokens: _Tokens, step: _Step) -> _Tokens:
+def _at(tokens: _Tokens, step: Step) -> _Tokens:
     return _Tokens(*(array[step.chunks] for array in tokens))
 
 
-def _tokens(saved: Saved, layout: _Layout) -> _Tokens:
+def _tokens(saved: Saved, layout: Layout) -> _Tokens:
     xp, dtype = array_module(saved.v), accumulation_dtype(saved.v.dtype)
     rows, heads, groups = len(saved.v), saved.v.shape[1], saved.k.shape[1]
     rate = -xp.exp(saved.A_log.astype(dtype))
@@ -246,7 +200,7 @@ def _tokens(saved: Saved, layout: _Layout) -> _Tokens:
     q, k = _unit(saved.q) * saved.q.shape[2] ** -0.5, _unit(saved.k)
     arrays = [q[:, :, None], k[:, :, None]]
     arrays += [array.reshape(rows, groups, heads // groups, -1) for array in per_value_head]
-    return _Tokens(*(_in_chunks(_spread(array, layout), layout) for array in arrays))
+    return _Tokens(*(layout.in_chunks(layout.spread(array)) for array in arrays))
 
 
 def _rstd(x: Array) -> Array:
@@ -258,28 +212,42 @@ def _unit(x: Array) -> Array:
     return wide(x) * _rstd(x)
 
 
-def _first_state(saved: Saved, layout: _Layout) -> Array:
-    return _as_state(saved.initial_state, saved, layout)
-
-
-def _as_state(state: Array | None, saved: Saved, layout: _Layout) -> Array:
+def _states(state: Array | None, saved: Saved, layout: Layout) -> Array:
     """Return a state [S, H, K, W], or zeros for None, as a fresh [S, G, M, K, W] in the layout's order."""
     xp, (groups, width) = array_module(saved.v), saved.k.shape[1:]
     shape = (layout.order.size, groups, saved.v.shape[1] // groups, width, saved.v.shape[2])
     dtype = accumulation_dtype(saved.v.dtype)
     if state is None:
         return xp.zeros(shape, dtype)
-    return state[layout.order].astype(dtype).reshape(shape)
+    return state[layout.order].astype(dtype, copy=False).reshape(shape)
 
 
-def _in_sequence(state: Array, saved: Saved, layout: _Layout) -> Array:
-    """Return a state in the layout's order as [S, H, K, W] in the order of the sequences."""
-    out = empty((len(state), saved.v.shape[1], *state.shape[3:]), state.dtype, like=state)
-    out[layout.order] = state.reshape(out.shape)
+def _by_sequence(states: Array, saved: Saved, layout: Layout) -> Array:
+    """Return states in the layout's order as [S, H, K, W] in the order of the sequences."""
+    out = empty((len(states), saved.v.shape[1], *states.shape[3:]), states.dtype, like=states)
+    out[layout.order] = states.reshape(out.shape)
     return out
 
 
-def _chunk(now: _Tokens) -> _Chunk:
+def _met(states: Array, step: Step, saved: Saved) -> Array | None:
+    """Return the states that the chunks of `step` meet, or None for zeros: most products are spared then."""
+    return None if step.first and saved.initial_state is None else states[step.sequences]
+
+
+def _all_met(tokens: _Tokens, saved: Saved, layout: Layout) -> list[Array | None]:
+    """Return what `_met` is at every step."""
+    states, all_met = _states(saved.initial_state, saved, layout), []
+    for step in layout.steps:
+        met = _met(states, step, saved)
+        all_met.append(None if met is None else met.copy())
+        if not step.last:
+            now = _at(tokens, step)
+            chunk = _chunk(now, meets=met is not None)
+            states[step.sequences] = _made(now, chunk, met, _written(chunk, met))
+    return all_met
+
+
+def _chunk(now: _Tokens, *, meets: bool) -> _Chunk:
     xp, (q, k, v, g, beta) = array_module(now.v), now
     # in float64: after one strong decay the small differences of later sums would lose their digits
     total = xp.cumsum(g, axis=-2, dtype="float64")
@@ -296,7 +264,7 @@ def _chunk(now: _Tokens) -> _Chunk:
         overlap=overlap,
         solve=solve,
         u=matmul(solve, beta * v),
-        x=matmul(solve, beta * since_start * k),
+        x=matmul(solve, beta * since_start * k) if meets else None,
         scores=matmul(q, _t(k)) * decay,
     )
 
@@ -311,57 +279,92 @@ def _unit_lower_inverse(lower: Array) -> Array:
     return inverse
 
 
-def _advance(now: _Tokens, chunk: _Chunk, state: Array) -> tuple[Array, Array]:
-    """Return the outputs of a chunk, and the state after it."""
-    written = chunk.u - matmul(chunk.x, state)
-    o = chunk.since_start * matmul(now.q, state) + matmul(chunk.scores, written)
-    new = matmul(_t(chunk.until_end * now.k), written)
-    new += chunk.over_all * state
-    return o, new
+def _written(chunk: _Chunk, met: Array | None) -> Array:
+    """Return V', what the chunk's keys write."""
+    return chunk.u if met is None else chunk.u - matmul(chunk.x, met)
 
 
-def _states_met(tokens: _Tokens, state: Array, layout: _Layout) -> list[Array]:
-    """Return the states that the chunks of each step meet; `state` is moved to the end."""
-    met = []
-    for step in layout.steps:
-        now = _at(tokens, step)
-        met.append(state[step.states].copy())
-        state[step.states] = _advance(now, _chunk(now), met[-1])[1]
-    return met
+def _read(now: _Tokens, chunk: _Chunk, met: Array | None, written: Array) -> Array:
+    """Return O, what the chunk's queries read."""
+    o = matmul(chunk.scores, written)
+    return o if met is None else o + chunk.since_start * matmul(now.q, met)
 
 
-def _retreat(now: _Tokens, chunk: _Chunk, state: Array, do: Array, dstate: Array) -> tuple[_Tokens, Array]:
+def _made(now: _Tokens, chunk: _Chunk, met: Array | None, written: Array) -> Array:
+    """Return the state after the chunk."""
+    made = matmul(_t(chunk.until_end * now.k), written)
+    return made if met is None else made + chunk.over_all * met
+
+
+class _Shares(NamedTuple):
+    """What flows through a state to a chunk's tokens; zeros where there is no state."""
+
+    q: Any = 0.0
+    k: Any = 0.0
+    c: Any = 0.0
+    beta: Any = 0.0
+    lower: Any = 0.0  # of L
+
+
+def _retreat(
+    now: _Tokens, chunk: _Chunk, met: Array | None, do: Array, dmade: Array | None
+) -> tuple[_Tokens, Array | None]:
     """Return the gradients of a chunk's tokens and of the state that it met, given those of what it made."""
     q, k, v, _, beta = now
-    written = chunk.u - matmul(chunk.x, state)
-    dwritten = matmul(_t(chunk.scores), do) + matmul(chunk.until_end * k, dstate)
-    dpairs = matmul(do, _t(written))
-    read = chunk.since_start * matmul(do, _t(state))
-    kept = chunk.until_end * matmul(written, _t(dstate))
+    written, dwritten = _written(chunk, met), matmul(_t(chunk.scores), do)
+    made, past, dmet = _Shares(), _Shares(), None
+    if dmade is not None:
+        dwritten += matmul(chunk.until_end * k, dmade)
+        made = _through_made(now, chunk, met, written, dmade)
+    if met is not None:
+        past, dmet = _through_met(now, chunk, met, do, dwritten)
+        dmet += chunk.over_all * dmade if dmade is not None else 0
     # through T by the right sides of its system: dL = -(Tᵀ dU) Uᵀ - (Tᵀ dX) Xᵀ, below the diagonal
-    dright_u = matmul(_t(chunk.solve), dwritten)
-    dright_x = matmul(_t(chunk.solve), -matmul(dwritten, _t(state)))
-    dlower = _below(-matmul(dright_u, _t(chunk.u)) - matmul(dright_x, _t(chunk.x)))
-    # through the pairs of tokens, Q Kᵀ and K Kᵀ
+    dright = matmul(_t(chunk.solve), dwritten)
+    dlower = _below(past.lower - matmul(dright, _t(chunk.u)))
+    # through the pairs of tokens; D_ij counts for c_i and against c_j
+    dpairs = matmul(do, _t(written))
     dscores, doverlap = dpairs * chunk.decay, beta * dlower * chunk.decay
-    dq = read + matmul(dscores, k)
-    dk = kept + matmul(_t(dscores), q) + beta * chunk.since_start * dright_x
-    dk += matmul(doverlap + _t(doverlap), k)
-    # through the running sum c of g: every D_ij counts for i and against j
-    by_key = chunk.since_start * _sum(dright_x * k)
     pairs = dpairs * chunk.scores + beta * dlower * chunk.overlap
-    dc = _sum(q * read) - _sum(k * kept) + beta * by_key + _sum(pairs) - _sum(_t(pairs))
-    dc[..., -1:, :] += (k * kept).sum(axis=(-2, -1), keepdims=True)
-    dc[..., -1:, :] += chunk.over_all * (state * dstate).sum(axis=(-2, -1), keepdims=True)
-    dtokens = _Tokens(
+    dq = past.q + matmul(dscores, k)
+    dk = past.k + made.k + matmul(_t(dscores), q) + matmul(doverlap + _t(doverlap), k)
+    dc = past.c + made.c + _sum(pairs) - _sum(_t(pairs))
+    return _Tokens(
         q=dq.sum(axis=2, keepdims=True),
         k=dk.sum(axis=2, keepdims=True),
-        v=beta * dright_u,
-        g=array_module(dc).flip(dc, -2).cumsum(axis=-2)[..., ::-1, :],
-        beta=_sum(dright_u * v) + by_key + _sum(dlower * chunk.overlap),
+        v=beta * dright,
+        g=dc[..., ::-1, :].cumsum(axis=-2)[..., ::-1, :],
+        beta=past.beta + _sum(dright * v) + _sum(dlower * chunk.overlap),
+    ), dmet
+
+
+def _through_made(now: _Tokens, chunk: _Chunk, met: Array | None, written: Array, dmade: Array) -> _Shares:
+    """Return what flows back from the state after the chunk, with V' held still."""
+    kept = chunk.until_end * matmul(written, _t(dmade))
+    along = _sum(now.k * kept)
+    dc = -along
+    dc[..., -1:, :] += along.sum(axis=-2, keepdims=True)
+    if met is not None:
+        dc[..., -1:, :] += chunk.over_all * (met * dmade).sum(axis=(-2, -1), keepdims=True)
+    return _Shares(k=kept, c=dc)
+
+
+def _through_met(
+    now: _Tokens, chunk: _Chunk, met: Array, do: Array, dwritten: Array
+) -> tuple[_Shares, Array]:
+    """Return what flows through the state before the chunk, by O and by X S, and that state's gradient."""
+    q, k, _, _, beta = now
+    read = chunk.since_start * matmul(do, _t(met))
+    dright = -matmul(_t(chunk.solve), matmul(dwritten, _t(met)))
+    by_key = chunk.since_start * _sum(dright * k)
+    shares = _Shares(
+        q=read,
+        k=beta * chunk.since_start * dright,
+        c=_sum(q * read) + beta * by_key,
+        beta=by_key,
+        lower=-matmul(dright, _t(chunk.x)),
     )
-    dmet = chunk.over_all * dstate + matmul(_t(chunk.since_start * q), do) - matmul(_t(chunk.x), dwritten)
-    return dtokens, dmet
+    return shares, matmul(_t(chunk.since_start * q), do) - matmul(_t(chunk.x), dwritten)
 
 
 def _input_grads(saved: Saved, dtokens: _Tokens, dinitial: Array | None, *, wants_decay: bool) -> Grads:

@@ -106,16 +106,20 @@ def check_equals_the_recurrence(op: Any, case: Case) -> None:
     exact_o, exact_state, _ = delta_recurrence.forward(arrays)
     _assert_close(o, exact_o, 1e-12)
     _assert_close(state, exact_state, 1e-12)
+    (same, unwanted), _ = op.forward(**arrays)
+    np.testing.assert_array_equal(same, o)
+    assert unwanted is None
 
 
 def check_gradients_of_the_recurrence(op: Any, case: Case) -> None:
     arrays, (do, dstate) = case.calm.arrays("float64"), case.calm.cotangents()
     saved = op.forward(**arrays, wants_state=True)[1]
-    grads = op.backward(saved, do, dstate, wants_decay=True)._asdict()
-    exact = delta_recurrence.backward(arrays, do, dstate)
-    assert (grads["initial_state"] is None) == (not case.continued)
-    for name in _differentiable(arrays):
-        _assert_close(grads[name], exact[name], 1e-11)
+    for last in (dstate, None):
+        grads = op.backward(saved, do, last, wants_decay=True)._asdict()
+        exact = delta_recurrence.backward(arrays, do, 0 * dstate if last is None else last)
+        assert (grads["initial_state"] is None) == (not case.continued)
+        for name in _differentiable(arrays):
+            _assert_close(grads[name], exact[name], 1e-11)
     frozen = op.backward(saved, do, dstate)
     assert frozen.A_log is None
     assert frozen.dt_bias is None
@@ -263,7 +267,8 @@ def _recurrence_with(bug: str) -> SimpleNamespace:
     def forward(*, wants_state: bool = False, **arrays: Any) -> Any:
         _, saved = gated_delta_rule.forward(**arrays)
         o, state, _ = delta_recurrence.forward(arrays, bug)
-        return (o.astype(arrays["v"].dtype), state.astype(arrays["A_log"].dtype)), saved
+        state = state.astype(arrays["A_log"].dtype) if wants_state else None
+        return (o.astype(arrays["v"].dtype), state), saved
 
     return _bug(forward=forward)
 
@@ -271,7 +276,7 @@ def _recurrence_with(bug: str) -> SimpleNamespace:
 def _changed_chunk(change: Callable[..., Any]) -> SimpleNamespace:
     """Return the operation with `change` applied to every chunk; it is given the chunk's tokens too."""
     right = gated_delta_rule._chunk
-    return _module(_chunk=lambda now: change(now, right(now)))
+    return _module(_chunk=lambda now, *, meets: change(now, right(now, meets=meets)))
 
 
 def _unmasked(now: Any, chunk: Any) -> Any:
@@ -292,26 +297,27 @@ def _summed_in_storage(now: Any, chunk: Any) -> Any:
     return chunk._replace(scores=np.matmul(now.q, now.k.swapaxes(-1, -2)) * decay)
 
 
-def _state_dropped(now: Any, chunk: Any, state: Any, do: Any, dstate: Any) -> Any:
-    grads, dmet = _RETREAT(now, chunk, state, do, dstate)
-    return grads, 0 * dmet
+_RETREAT, _MADE = gated_delta_rule._retreat, gated_delta_rule._made
 
 
-def _state_rounded(now: Any, chunk: Any, state: Any) -> Any:
-    o, new = _ADVANCE(now, chunk, state)
-    return o, new.astype(bfloat16).astype(new.dtype)
+def _state_dropped(*args: Any) -> Any:
+    grads, dmet = _RETREAT(*args)
+    return grads, None if dmet is None else 0 * dmet
 
 
-_RETREAT, _ADVANCE = gated_delta_rule._retreat, gated_delta_rule._advance
+def _state_rounded(*args: Any) -> Any:
+    made = _MADE(*args)
+    return made.astype(bfloat16).astype(made.dtype)
 
 
 def _one_value_head(saved: Any, do: Any, dstate: Any, **wants: Any) -> Any:
     grads = gated_delta_rule.backward(saved, do, dstate, **wants)
-    first, dfirst = do.copy(), dstate.copy()
     groups = saved.k.shape[1]
-    for array in (first, dfirst):
-        array.reshape(len(array), groups, -1, *array.shape[2:])[:, :, 1:] = 0
-    return grads._replace(k=gated_delta_rule.backward(saved, first, dfirst).k)
+    firsts = [None if array is None else array.copy() for array in (do, dstate)]
+    for array in firsts:
+        if array is not None:
+            array.reshape(len(array), groups, -1, *array.shape[2:])[:, :, 1:] = 0
+    return grads._replace(k=gated_delta_rule.backward(saved, *firsts).k)
 
 
 def _without_factor(name: str, factor: Callable[[Any], Any]) -> SimpleNamespace:
@@ -325,7 +331,7 @@ def _without_factor(name: str, factor: Callable[[Any], Any]) -> SimpleNamespace:
 def _longest_first(**arguments: Any) -> Any:
     (o, state), saved = gated_delta_rule.forward(**arguments)
     order = np.argsort(-np.diff(arguments["cu_seqlens"]), kind="stable")
-    return (o, state[order]), saved
+    return (o, state if state is None else state[order]), saved
 
 
 def _normalising(**arguments: Any) -> Any:
@@ -371,7 +377,7 @@ MUTANTS = {bug: _recurrence_with(bug) for bug in FORWARD_BUGS} | {
         "a", lambda s: delta_recurrence.logistic(s.a + s.dt_bias)
     ),
     "states_longest_first": _bug(forward=_longest_first),
-    "state_in_bfloat16": _module(_advance=_state_rounded),
+    "state_in_bfloat16": _module(_made=_state_rounded),
     "normalises_in_place": _bug(forward=_normalising),
     "moves_the_initial_state": _bug(forward=_moving_the_state),
     "ignores_the_rest": _bug(forward=_ignoring_the_rest),
