@@ -50,8 +50,8 @@ class Layout(NamedTuple):
 def chunk_layout(cu_seqlens: Array, *, largest: int, tokens_at_once: int) -> Layout:
     """Return the layout of the sequences bounded by `cu_seqlens` [S+1].
 
-    A chunk has at most `largest` tokens, and no more than the longest sequence. A step takes as many chunks as
-    hold `tokens_at_once`, at least one.
+    A chunk has at most `largest` tokens, and no more than the longest sequence. A step takes as many chunks
+    as hold `tokens_at_once`, at least one.
     """
     xp, bounds = array_module(cu_seqlens), to_host(cu_seqlens)
     lengths = bounds[1:] - bounds[:-1]

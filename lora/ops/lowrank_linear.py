@@ -66,10 +66,11 @@ def forward(x: Array, parts: tuple[Part, ...]) -> tuple[tuple[Array, ...], Saved
     """
     for index, part in enumerate(parts):
         _check_chain(x, index, part)
-    lows = _lows(x, parts)
+    rows = wide(x)  # once for all parts
+    lows = _lows(rows, parts)
     ys = []
     for part, low in zip(parts, lows, strict=True):
-        y = linear(x, part.weight)
+        y = linear(rows, part.weight)
         if part.bias is not None:
             y += wide(part.bias)
         if part.factors is not None and low is not None:
@@ -85,7 +86,7 @@ def backward(saved: Saved, dys: tuple[Array, ...], *, wants_x: bool = True) -> G
     The gradient of a frozen weight is never formed. Without `wants_x`, neither is that of x: below the first
     trainable layer nobody reads it.
     """
-    parts = saved.parts
+    parts, dys = saved.parts, tuple(wide(dy) for dy in dys)
     dlows = tuple(
         matmul(dy, part.factors.b) * part.factors.scale if part.factors is not None else None
         for part, dy in zip(parts, dys, strict=True)
