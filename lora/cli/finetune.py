@@ -49,7 +49,7 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str) -> str | tu
     "--method",
     "-m",
     metavar="[auto|full|lora|head]",
-    help="auto picks full or lora by the memory it takes; head trains a classifier's head alone.",
+    help="auto is lora; full trains every weight; head trains a classifier's head alone.",
 )
 @setting("--rank", "-r", type=int, help="Rank of the adapters.")
 @setting("--alpha", type=float, default="2 x rank", help="The adapters' output is scaled by alpha / rank.")

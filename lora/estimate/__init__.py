@@ -1,7 +1,7 @@
 """Memory before anything is loaded: what `lora.plan` and `--plan` answer, and how a step cuts its batch."""
 
 from lora.estimate.memory import HOST_ACTIVATION_BYTES, Memory, memory, micro_batch_tokens
-from lora.estimate.planning import Plan, Settings, choose_method, plan
+from lora.estimate.planning import Plan, Settings, plan
 from lora.estimate.workload import Workload
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "Plan",
     "Settings",
     "Workload",
-    "choose_method",
     "memory",
     "micro_batch_tokens",
     "plan",

@@ -8,9 +8,7 @@ from typing import NamedTuple
 
 from lora.estimate.activations import saved_bytes
 from lora.estimate.scratch import head_gradient_bytes, logits_bytes, scratch_bytes, widening_bytes
-from lora.estimate.workload import MOMENT_BYTES, TRAINED_BYTES, Method, Task, Workload
-from lora.io.lora_config import LoraConfig
-from lora.spec import ModelSpec
+from lora.estimate.workload import MOMENT_BYTES, TRAINED_BYTES, Workload
 
 HOST_ACTIVATION_BYTES = 2 * 2**30  # what one micro-batch may take of a host: more runs no faster there
 MOST_TOKENS = 2**20  # of a micro-batch; beyond it no kernel runs any faster
@@ -70,39 +68,20 @@ def memory(workload: Workload, tokens: int, *, longest: int, accumulates: bool) 
     )
 
 
-def micro_batch_tokens(
-    spec: ModelSpec,
-    *,
-    budget_bytes: int,
-    method: Method = "lora",
-    task: Task = "causal",
-    dtype: str = "float32",
-    max_seq_len: int = 512,
-    adapter: LoraConfig | None = None,
-) -> int:
-    """Return how many tokens may run at once so that activations and logits stay within `budget_bytes`.
+def micro_batch_tokens(workload: Workload, budget_bytes: float, *, longest: int) -> int:
+    """Return the most tokens that may run at once so that activations and logits stay within `budget_bytes`.
 
-    A step may cut its batch into parts of this size without changing its result, since gradients are divided
-    by the tokens that count in the whole step. 0 where the budget does not hold a single token.
+    A step may cut its batch into parts of this size without changing its result, since gradients are divided by
+    the tokens that count in the whole step. 0 where the budget does not hold a single token.
 
     Args:
-        spec: the model's sizes.
+        workload: the model, and what is trained of it.
         budget_bytes: for activations and logits; model, adapters, moments and gradients are not in it.
-        method: "full", "lora" or "head".
-        task: "classify" or "causal".
-        dtype: precision of the activations.
-        max_seq_len: the most tokens of one sequence.
-        adapter: what is adapted under method "lora"; None for the defaults of `LoraConfig`.
+        longest: the most tokens of one sequence.
     """
-    workload = Workload(spec, task, method, adapter or LoraConfig(), dtype=dtype)
-    return running_tokens(workload, budget_bytes, max_seq_len)
-
-
-def running_tokens(workload: Workload, budget_bytes: int, max_seq_len: int) -> int:
-    """Return the most tokens whose activations and logits stay within `budget_bytes`, or 0."""
 
     def running(tokens: int) -> int:
-        needed = memory(workload, tokens, longest=max_seq_len, accumulates=False)
+        needed = memory(workload, tokens, longest=longest, accumulates=False)
         return needed.activation + needed.logits
 
     return most_tokens(running, budget_bytes)

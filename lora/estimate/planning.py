@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from lora.errors import UnsupportedError, UsageError
-from lora.estimate.memory import HOST_ACTIVATION_BYTES, Memory, memory, most_tokens, running_tokens
+from lora.estimate.memory import HOST_ACTIVATION_BYTES, Memory, memory, micro_batch_tokens, most_tokens
 from lora.estimate.workload import STORED_BYTES, Device, Method, Task, Workload
 from lora.io.checkpoint import read_config
 from lora.io.lora_config import LoraConfig
@@ -24,7 +24,7 @@ class Settings:
     """The settings of `lora.plan`, under the names and with the defaults of `lora.finetune`."""
 
     task: Task = "classify"
-    method: str = "auto"  # full where it fits, else lora; or "full", "lora", or "head": a classifier's alone
+    method: Method | Literal["auto"] = "auto"  # an adapter; or "lora", "full", or "head": a classifier's alone
     rank: int = 16
     alpha: float | None = None  # None: 2 · rank
     targets: str | tuple[str, ...] = "qv"
@@ -180,30 +180,6 @@ def plan(model: ModelSpec | str | Path, **settings: Any) -> Plan:
     return _planned(_workload(spec, chosen, chosen.weight_dtype or stored), chosen)
 
 
-def choose_method(
-    spec: ModelSpec,
-    method: str,
-    *,
-    task: Task = "causal",
-    dtype: str = "float32",
-    max_seq_len: int = 512,
-    num_classes: int = 5,
-    device: Device = "cpu",
-    vram_gb: float = Settings.vram_gb,
-) -> Method:
-    """Return `method`, or for "auto" the one that `plan` takes: full where it fits, else lora."""
-    settings = Settings(
-        task=task,
-        method=method,
-        dtype=dtype,
-        max_seq_len=max_seq_len,
-        num_classes=num_classes,
-        device=device,
-        vram_gb=vram_gb,
-    )
-    return _workload(spec, settings, "bfloat16").method
-
-
 def _sizes(model: ModelSpec | str | Path) -> tuple[ModelSpec, str]:
     """Return the sizes of `model` and the dtype that its weights are stored in."""
     if isinstance(model, ModelSpec):
@@ -220,13 +196,13 @@ def _sizes(model: ModelSpec | str | Path) -> tuple[ModelSpec, str]:
 
 
 def _workload(spec: ModelSpec, settings: Settings, weight_dtype: str) -> Workload:
-    """Return the workload of `settings`, with "auto" decided: full where a single sequence of it fits."""
+    """Return the workload of `settings`; "auto" is an adapter, which is what this library is asked for."""
     adapter = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=settings.targets)
     adapter.validate()
-    full = Workload(
+    return Workload(
         spec,
         settings.task,
-        "full",
+        "lora" if settings.method == "auto" else settings.method,
         adapter,
         num_classes=settings.num_classes,
         head_bias=settings.head_bias,
@@ -234,10 +210,6 @@ def _workload(spec: ModelSpec, settings: Settings, weight_dtype: str) -> Workloa
         weight_dtype=weight_dtype,
         device=settings.device,
     )
-    if settings.method != "auto":
-        return replace(full, method=settings.method)
-    fits = _memory(full, settings, settings.max_seq_len).resident <= settings.usable_bytes
-    return full if fits else replace(full, method="lora")
 
 
 def _planned(workload: Workload, settings: Settings) -> Plan:
@@ -262,7 +234,7 @@ def _micro_batch(workload: Workload, settings: Settings) -> int:
         lambda tokens: _memory(workload, settings, tokens).resident, budget, limit=settings.batch_tokens
     )
     if workload.device == "cpu":
-        fitting = min(fitting, running_tokens(workload, HOST_ACTIVATION_BYTES, longest))
+        fitting = min(fitting, micro_batch_tokens(workload, HOST_ACTIVATION_BYTES, longest=longest))
     return max(fitting, longest)
 
 

@@ -43,9 +43,10 @@ def require_path(name: str | os.PathLike[str]) -> None:
 
 def is_path(name: str | os.PathLike[str]) -> bool:
     """Say whether `name` is a path, and not the id of a checkpoint on the hub."""
+    if not isinstance(name, str):
+        return True  # a Path has lost the dot that "./x" had
     path = Path(name)
-    text = os.fspath(name)
-    return path.is_absolute() or text.startswith(".") or path.exists() or text.count("/") > 1
+    return path.is_absolute() or name.startswith(".") or path.exists() or name.count("/") > 1
 
 
 def _folder(path: Path) -> Path:

@@ -17,8 +17,8 @@ from lora.data.classify import ClassifyData
 from lora.data.split import stratified_split
 from lora.data.tokenizer import Tokenizer
 from lora.dispatch import choices
-from lora.errors import LoraWarning, MissingFileError, UsageError, WriteError
-from lora.estimate import choose_method, micro_batch_tokens
+from lora.errors import LoraWarning, MissingFileError, UsageError, ValidationError, WriteError
+from lora.estimate import Plan, plan
 from lora.io.checkpoint import read_config
 from lora.io.hub import require_path, resolve
 from lora.model.loading import base_name, load
@@ -30,9 +30,20 @@ from lora.train.config import FinetuneConfig
 from lora.train.examples import Examples, data_hash, detect_task, read_data, tokenise
 from lora.train.loop import Loop, Progress
 from lora.train.metrics_file import MetricsFile
-from lora.train.run import Run, write_run_file
+from lora.train.run import RUN_FILE, Run, write_run_file
 
-ACTIVATION_BYTES = 2 * 2**30  # what the activations of one micro-batch may take on the host
+PLANNED = (  # the settings that memory depends on
+    "task",
+    "method",
+    "rank",
+    "alpha",
+    "targets",
+    "device",
+    "dtype",
+    "batch_size",
+    "max_seq_len",
+    "grad_accum",
+)
 
 
 @dataclass(frozen=True)
@@ -40,9 +51,8 @@ class Prepared:
     """All that was read and checked before the weights are loaded."""
 
     config: FinetuneConfig  # task and method decided
-    folder: Path  # the base
     base: str  # what the adapter will call it
-    spec: ModelSpec
+    plan: Plan
     data: ClassifyData | CausalData
     examples: Examples
     class_names: tuple[str, ...]
@@ -76,6 +86,7 @@ def finetune(
         DivergedError: a loss or gradient is no longer finite.
     """
     config = _config(task, settings)
+    _refuse_another_run(Path(output))
     prepared = prepare(config, model, Path(data))
     loaded = _trainable_model(model, prepared)
     return _train(loaded, prepared, Path(output), list(callbacks))
@@ -99,23 +110,23 @@ def prepare(config: FinetuneConfig, model: Model | str | Path, data: Path) -> Pr
         check_named_size(spec, config.model_size)
     examples = tokenise(rows, Tokenizer.load(folder), config.max_seq_len)
     class_names = rows.class_names if isinstance(rows, ClassifyData) else ()
-    config = replace(config, method=_method(config, spec, class_names))
+    planned = _planned(config, spec, class_names)
+    config = replace(config, method=planned.workload.method)
     base = model.base_name if isinstance(model, Model) else base_name(model)
-    return Prepared(config, folder, base, spec, rows, examples, class_names)
+    return Prepared(config, base, planned, rows, examples, class_names)
 
 
-def _method(config: FinetuneConfig, spec: ModelSpec, class_names: Sequence[str]) -> Any:
-    """Return the method, "auto" decided as `lora.plan` decides it."""
-    sizes = {"num_classes": len(class_names)} if class_names else {}
-    return choose_method(
-        spec,
-        config.method,
-        task=str(config.task),
-        dtype=config.dtype,
-        max_seq_len=config.max_seq_len,
-        device=config.device,
-        **sizes,
-    )
+def _refuse_another_run(output: Path) -> None:
+    """Refuse a folder that another run has written: its states and ours would be told apart by nobody."""
+    if (output / RUN_FILE).exists():
+        raise ValidationError(f"{output} holds another run ({RUN_FILE}); name another output, or remove it")
+
+
+def _planned(config: FinetuneConfig, spec: ModelSpec, class_names: Sequence[str]) -> Plan:
+    settings = {name: getattr(config, name) for name in PLANNED}
+    if class_names:
+        settings["num_classes"] = len(class_names)
+    return plan(spec, **settings, head_bias=config.head_bias is not False)
 
 
 def _config(task: str | None, settings: dict[str, Any]) -> FinetuneConfig:
@@ -155,9 +166,6 @@ def _train(model: Model, prepared: Prepared, output: Path, callbacks: list[Callb
     train_rows, validation_rows = stratified_split(labels, config.val_split, config.seed)
     train, validation = examples.subset(train_rows), examples.subset(validation_rows)
     weights = _class_weights(config, train, prepared.class_names)
-    micro_tokens = micro_batch_tokens(
-        model.spec, method=config.method, dtype=config.dtype, budget_bytes=ACTIVATION_BYTES
-    )
     _make_folder(output)
     metrics = MetricsFile(output / "metrics.jsonl")
     facts = {"data_hash": data_hash(prepared.data), "base": prepared.base}
@@ -167,7 +175,7 @@ def _train(model: Model, prepared: Prepared, output: Path, callbacks: list[Callb
         train,
         validation,
         weights,
-        micro_tokens,
+        prepared.plan.micro_batch_tokens,
         [*callbacks, metrics],
         save=lambda name: _save(model, config, output / name, facts),
     )

@@ -12,6 +12,7 @@ import numpy as np
 from lora.backend import Array
 from lora.data.batches import epoch_batches
 from lora.data.packed import split
+from lora.errors import DivergedError
 from lora.model.model import Model
 from lora.train.callbacks import Callback, EpochDone, StepDone
 from lora.train.config import FinetuneConfig
@@ -80,6 +81,10 @@ class Loop:
         val_loss, val_accuracy = evaluate_loss(
             self.model, self.validation, self.config.batch_size, self.micro_tokens, self.class_weights
         )
+        if not math.isfinite(val_loss):
+            raise DivergedError(
+                f"the validation loss after epoch {epoch} is {val_loss}: lower the learning rate"
+            )
         return EpochDone(
             epoch=epoch,
             train_loss=sum(report.loss * report.counted for report in reports) / counted,

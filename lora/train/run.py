@@ -10,6 +10,8 @@ from typing import Any
 from lora.io.atomic import write_text
 from lora.train.callbacks import EpochDone
 
+RUN_FILE = "run.json"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -57,7 +59,7 @@ class Run:
 
 def write_run_file(folder: Path, facts: dict[str, Any]) -> None:
     """Write run.json: settings, data, machine; all that a run's bits depend on."""
-    write_text(folder / "run.json", json.dumps(facts, indent=2, default=_plain) + "\n")
+    write_text(folder / RUN_FILE, json.dumps(facts, indent=2, default=_plain) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -38,7 +38,10 @@ def test_text_compares_and_says_where_everything_is(lora, tmp_path) -> None:
         assert (tmp_path / "demo" / written).exists()
 
 
-def test_it_can_be_run_again(lora, tmp_path) -> None:
-    first, second = (lora("demo", "-o", tmp_path / "demo", "-q", "--json") for _ in range(2))
+def test_it_is_the_same_twice_and_overwrites_nothing(lora, tmp_path) -> None:
+    first, second = (lora("demo", "-o", tmp_path / name, "-q", "--json") for name in ("a", "b"))
     assert first.exit_code == second.exit_code == 0
     assert first.document["evaluation"] == second.document["evaluation"]
+    again = lora("demo", "-o", tmp_path / "a", "-q", "--json")
+    assert again.exit_code == 5
+    assert "holds another run" in again.document["error"]
