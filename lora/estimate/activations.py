@@ -12,7 +12,7 @@ from math import ceil
 from typing import NamedTuple
 
 from lora.estimate.workload import Workload
-from lora.spec import ModelSpec, adaptable_modules
+from lora.spec import ModelSpec
 
 
 class Kept(NamedTuple):
@@ -53,7 +53,7 @@ def recorded_layers(workload: Workload) -> list[tuple[str, dict[str, int]]]:
     """Return (kind, rank by trained module) of each recorded layer; under full training ranks are 0."""
     spec = workload.spec
     if workload.method == "full":
-        trained = dict.fromkeys(adaptable_modules(spec), 0)
+        trained = dict.fromkeys(workload.modules, 0)
     else:
         trained = {name: size.r for name, size in workload.factors.items()}
     by_layer: list[dict[str, int]] = [{} for _ in spec.layer_types]

@@ -71,8 +71,8 @@ def memory(workload: Workload, tokens: int, *, longest: int, accumulates: bool) 
 def micro_batch_tokens(workload: Workload, budget_bytes: float, *, longest: int) -> int:
     """Return the most tokens that may run at once so that activations and logits stay within `budget_bytes`.
 
-    A step may cut its batch into parts of this size without changing its result, since gradients are divided by
-    the tokens that count in the whole step. 0 where the budget does not hold a single token.
+    A step may cut its batch into parts of this size without changing its result, since gradients are divided
+    by the tokens that count in the whole step. 0 where the budget does not hold a single token.
 
     Args:
         workload: the model, and what is trained of it.

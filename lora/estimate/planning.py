@@ -24,7 +24,9 @@ class Settings:
     """The settings of `lora.plan`, under the names and with the defaults of `lora.finetune`."""
 
     task: Task = "classify"
-    method: Method | Literal["auto"] = "auto"  # an adapter; or "lora", "full", or "head": a classifier's alone
+    method: Method | Literal["auto"] = (
+        "auto"  # an adapter; or "lora", "full", or "head": a classifier's alone
+    )
     rank: int = 16
     alpha: float | None = None  # None: 2 · rank
     targets: str | tuple[str, ...] = "qv"
@@ -184,7 +186,7 @@ def _sizes(model: ModelSpec | str | Path) -> tuple[ModelSpec, str]:
     """Return the sizes of `model` and the dtype that its weights are stored in."""
     if isinstance(model, ModelSpec):
         return model, "bfloat16"
-    if isinstance(model, str) and len(Path(model).parts) == 1 and not Path(model).exists():
+    if isinstance(model, str) and Path(model).name == model and not Path(model).exists():
         return size_spec(model), "bfloat16"
     config = read_config(Path(model))
     text = {**config, **config.get("text_config", {})}

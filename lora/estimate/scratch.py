@@ -14,7 +14,6 @@ from lora.estimate.workload import STORED_BYTES, TRAINED_BYTES, Workload
 from lora.ops.attention import JOINED_TOKENS, TILE_SCORES
 from lora.ops.gated_delta_rule import CHUNK, STEP_ELEMENTS
 from lora.ops.softmax_xent import CHUNK_BYTES
-from lora.spec import adaptable_modules
 
 
 def scratch_bytes(workload: Workload, tokens: int, longest: int) -> int:
@@ -131,7 +130,7 @@ def widening_bytes(workload: Workload) -> int:
     stored = TRAINED_BYTES if workload.method == "full" else STORED_BYTES[workload.weight_dtype]
     if stored == workload.wide_bytes:
         return 0
-    largest = max(rows * columns for rows, columns in adaptable_modules(workload.spec).values())
+    largest = max(rows * columns for rows, columns in workload.modules.values())
     if workload.task == "causal":
         largest = max(largest, workload.spec.vocab_size * workload.spec.hidden_size)
     return min(WIDENED_BYTES, largest * workload.wide_bytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Literal
 
@@ -45,7 +46,12 @@ class Workload:
         """Bytes of one element of a sum, a product or a gradient."""
         return accumulation_dtype(compute_dtype(self.dtype)).itemsize
 
-    @property
+    @cached_property
+    def modules(self) -> dict[str, tuple[int, int]]:
+        """The (O, I) of every module that may carry an adapter, by canonical name."""
+        return adaptable_modules(self.spec)
+
+    @cached_property
     def base_parameters(self) -> int:
         """Parameters of the base that take part: a classifier has no use for an untied language head."""
         return sum(prod(shape) for name, shape in tensor_shapes(self.spec).items() if self._takes_part(name))
@@ -57,16 +63,15 @@ class Workload:
             return 0
         return self.num_classes * (self.spec.hidden_size + self.head_bias)
 
-    @property
+    @cached_property
     def factors(self) -> dict[str, FactorSizes]:
         """The rank of every module that carries an adapter, by canonical name."""
-        return match_targets(self.adapter, adaptable_modules(self.spec)) if self.method == "lora" else {}
+        return match_targets(self.adapter, self.modules) if self.method == "lora" else {}
 
     @property
     def adapter_parameters(self) -> int:
         """Elements of A [R, I] and B [O, R] over all adapted modules, as stored."""
-        modules = adaptable_modules(self.spec)
-        return sum(size.r * sum(modules[name]) for name, size in self.factors.items())
+        return sum(size.r * sum(self.modules[name]) for name, size in self.factors.items())
 
     @property
     def untrained_adapter_parameters(self) -> int:
