@@ -88,6 +88,12 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str) -> str | tu
 @setting(
     "--model-size", metavar="SIZE", help="A published size, for example 0.5B: of MODEL, or in its place."
 )
+@setting(
+    "--layout",
+    metavar="[text|multimodal]",
+    default="the base's own",
+    help="Whose names the adapter's tensors get: the text model's, or those inside a multimodal checkpoint.",
+)
 @setting("--device", metavar="[cpu]", help="Where to train; a --plan also knows cuda.")
 @setting("--dtype", metavar="[float32|float64|bfloat16]", help="Precision of the arithmetic.")
 @click.option("--plan", is_flag=True, help="Say what the run would take. Nothing is loaded or written.")

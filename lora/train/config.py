@@ -11,6 +11,7 @@ from lora.io.lora_config import LoraConfig
 Task = Literal["classify", "causal"]
 Method = Literal["auto", "full", "lora", "head"]
 Pooling = Literal["mean", "last"]
+Layout = Literal["text", "multimodal"]
 ClassWeights = Literal["auto", "uniform", "sqrt_inverse", "inverse_freq"]
 NOT_BUILT = {"method": ("qlora",), "task": ("instruct",)}
 
@@ -40,6 +41,7 @@ class FinetuneConfig:
     head_bias: bool | None = None  # None: with a bias, or a classification checkpoint's own
     class_weights: ClassWeights = "auto"
     save_every: int | None = None  # epochs; None: each of up to 5, else every 5th
+    layout: Layout | None = None  # of the adapter's tensor names; None: the base's own
     model_size: str | None = None  # a published size that the checkpoint must have
     device: str = "cpu"
     dtype: str = "float32"
@@ -88,6 +90,7 @@ class FinetuneConfig:
                 ", ".join(get_args(ClassWeights)),
             ),
             ("save_every", self.save_every is None or _whole(self.save_every, 1), "1 or more"),
+            ("layout", self.layout in (None, *get_args(Layout)), "text or multimodal"),
             ("device", self.device in ("cpu", "cuda"), "cpu or cuda"),
             ("dtype", self.dtype in ("float64", "float32", "bfloat16"), "float64, float32 or bfloat16"),
         ]

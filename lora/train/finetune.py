@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora.backend import Array, blas_facts
+from lora.contracts import family_contract
 from lora.data.causal import CausalData
 from lora.data.classify import ClassifyData
 from lora.data.split import stratified_split
@@ -112,6 +113,7 @@ def prepare(config: FinetuneConfig, model: Model | str | Path, data: Path) -> Pr
     class_names = rows.class_names if isinstance(rows, ClassifyData) else ()
     planned = _planned(config, spec, class_names)
     config = replace(config, method=planned.workload.method)
+    _check_layout(config, spec)
     base = model.base_name if isinstance(model, Model) else base_name(model)
     return Prepared(config, base, planned, rows, examples, class_names)
 
@@ -120,6 +122,15 @@ def _refuse_another_run(output: Path) -> None:
     """Refuse a folder that another run has written: its states and ours would be told apart by nobody."""
     if (output / RUN_FILE).exists():
         raise ValidationError(f"{output} holds another run ({RUN_FILE}); name another output, or remove it")
+
+
+def _check_layout(config: FinetuneConfig, spec: ModelSpec) -> None:
+    """Refuse a layout that the family does not have, or that nothing would be written in."""
+    layouts = family_contract(spec.family).layouts
+    if config.layout is not None and config.layout not in layouts:
+        raise UsageError(f"layout = {config.layout!r}: {spec.family} has {' and '.join(layouts)} alone")
+    if config.layout is not None and config.method != "lora":
+        raise UsageError(f"layout names an adapter's tensors, and method {config.method!r} writes no adapter")
 
 
 def _planned(config: FinetuneConfig, spec: ModelSpec, class_names: Sequence[str]) -> Plan:
@@ -214,7 +225,7 @@ def _save(model: Model, config: FinetuneConfig, folder: Path, facts: dict[str, A
         # said once at the start, not at every epoch
         warnings.simplefilter("ignore", LoraWarning)
         if config.method == "lora":
-            model.save_adapter(folder, metadata=facts)
+            model.save_adapter(folder, metadata=facts, layout=config.layout)
         else:
             model.save(folder)
 

@@ -110,6 +110,7 @@ VALUES = {
     "--class-weights": ("uniform", "uniform"),
     "--save-every": ("2", 2),
     "--dtype": ("float64", "float64"),
+    "--layout": ("text", "text"),
 }
 
 
