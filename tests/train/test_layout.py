@@ -28,7 +28,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_multimodal(folder: Path) -> Path:
-    """Write the tiny Qwen3.5 inside a multimodal checkpoint, with vision and multi-token prediction beside it."""
+    """Write the tiny Qwen3.5 as a multimodal checkpoint, vision and multi-token prediction beside it."""
     text = {key: value for key, value in TINY_QWEN3_5.items() if key not in ("architectures", "model_type")}
     config = {
         "architectures": ["Qwen3_5ForConditionalGeneration"],
