@@ -41,6 +41,7 @@ def save_checkpoint(
     *,
     source_folder: Path | None = None,
     dtypes: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a checkpoint that Transformers loads. A `folder` that exists is replaced; foreign files are kept.
@@ -52,6 +53,7 @@ def save_checkpoint(
         source_folder: the checkpoint that the model came from. Its layout is kept, its tokenizer, template
             and generation files are copied, and so are, byte for byte, the tensors that are not read here.
         dtypes: the dtype on disk by canonical name; a name without one keeps its array's.
+        texts: further files of the folder, by name.
         shard_bytes: more than this many bytes of tensors go into several files.
 
     Raises:
@@ -68,6 +70,8 @@ def save_checkpoint(
         _write_shards(new, tensors, shard_bytes)
         if source is not None:
             copy_companions(source.folder, new)
+        for name, text in (texts or {}).items():
+            (new / name).write_text(text, encoding="utf-8")
 
 
 def copy_companions(source: Path, target: Path) -> None:

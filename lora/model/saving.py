@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from lora.io.atomic import write_atomically
 from lora.io.checkpoint import Checkpoint
 from lora.io.save_checkpoint import save_checkpoint
 from lora.model.head import ClassifierHead, Head
@@ -26,10 +25,9 @@ def save_model(folder: Path, checkpoint: Checkpoint, parameters: Parameters, hea
     dtypes: dict[str, Any] = {name: array.dtype for name, array in checkpoint.tensors.items()}
     dtypes |= {name: np.dtype(np.float32) for name in HEAD if name not in dtypes}
     config = _config(checkpoint, head, untied=LANGUAGE_HEAD in weights)
-    save_checkpoint(folder, weights, config, source_folder=checkpoint.folder, dtypes=dtypes)
-    if classify:
-        with write_atomically(folder / FILE) as temporary:
-            temporary.write_text(head_file(head), encoding="utf-8")
+    # in the same swap as the weights: a head read with another pooling than its own would be wrong in silence
+    texts = {FILE: head_file(head)} if isinstance(head, ClassifierHead) else {}
+    save_checkpoint(folder, weights, config, source_folder=checkpoint.folder, dtypes=dtypes, texts=texts)
 
 
 def _config(checkpoint: Checkpoint, head: Head, *, untied: bool) -> dict[str, Any]:
