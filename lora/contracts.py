@@ -71,6 +71,7 @@ class FamilyContract(Contract):
 
     display: str
     architectures: tuple[str, ...]
+    classifiers: Mapping[str, str]  # layout -> Transformers' class for a head of labels
     model_types: tuple[str, ...]
     parts: Mapping[str, str]
     axes: Mapping[str, str]  # letter -> key of config.json

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lora.contracts import family_contract
 from lora.io.checkpoint import Checkpoint
 from lora.io.save_checkpoint import save_checkpoint
 from lora.model.head import ClassifierHead, Head
@@ -31,14 +33,12 @@ def save_model(folder: Path, checkpoint: Checkpoint, parameters: Parameters, hea
 
 
 def _config(checkpoint: Checkpoint, head: Head, *, untied: bool) -> dict[str, Any]:
-    config = dict(checkpoint.config)
+    config = copy.deepcopy(dict(checkpoint.config))
     if untied and checkpoint.spec.tie_word_embeddings:
-        config["tie_word_embeddings"] = False  # a head of its own was trained
+        # a head of its own was trained; a multimodal config may say it twice
+        for part in (config, config.get("text_config", {})):
+            part["tie_word_embeddings"] = False
     if isinstance(head, ClassifierHead):
         config |= label_config(head)
-        config["architectures"] = [_classifier_class(name) for name in config.get("architectures", [])]
+        config["architectures"] = [family_contract(checkpoint.spec.family).classifiers[checkpoint.layout]]
     return config
-
-
-def _classifier_class(name: str) -> str:
-    return name.replace("ForCausalLM", "ForSequenceClassification")
