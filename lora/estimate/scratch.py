@@ -19,7 +19,7 @@ from lora.ops.softmax_xent import CHUNK_BYTES
 def scratch_bytes(workload: Workload, tokens: int, longest: int) -> int:
     """Return what one block has live at once over `tokens` tokens in sequences of `longest`."""
     recorded = recorded_layers(workload)
-    phases = [_embedding_gradient(workload)]
+    phases = [_embedding_gradient(workload, tokens)]
     if recorded:
         phases.append(_feed_forward_backward(workload, tokens))
     for kind in {kind for kind, _ in recorded}:
@@ -118,11 +118,13 @@ def _unrecorded(workload: Workload, kind: str, tokens: int, longest: int) -> int
     return tokens * layer_record(spec, kind, {}).size(workload) + max(feed_forward, mixer)
 
 
-def _embedding_gradient(workload: Workload) -> int:
+def _embedding_gradient(workload: Workload, tokens: int) -> int:
     """Return what the two parts of a tied embedding's gradient take beside its place among the gradients."""
     if workload.method != "full" or not workload.spec.tie_word_embeddings or workload.task != "causal":
         return 0
-    return 2 * workload.spec.vocab_size * workload.spec.hidden_size * workload.wide_bytes
+    # all blocks' records are gone by now; what the two ends of the decoder hold for each token is not
+    rows = 2 * workload.spec.vocab_size + 6 * tokens
+    return rows * workload.spec.hidden_size * workload.wide_bytes
 
 
 def widening_bytes(workload: Workload) -> int:
