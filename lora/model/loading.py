@@ -105,12 +105,13 @@ def _class_names(num_labels: int | None, class_names: Sequence[str] | None) -> t
 
 
 def _weights(checkpoint: Checkpoint, *, classify: bool) -> dict[str, Array]:
-    """Return the checked weights; a classifier has a score instead of, or beside, a language model's head."""
-    expected = tensor_shapes(checkpoint.spec)
-    optional = {SCORE, SCORE_BIAS}
-    if classify or SCORE in checkpoint.tensors:
-        optional |= {LANGUAGE_HEAD}
-    return load_weights(checkpoint, expected, optional)
+    """Return the checked weights; a classifier has a score in the place of a language model's head."""
+    expected, optional = tensor_shapes(checkpoint.spec), {SCORE, SCORE_BIAS}
+    classify = classify or SCORE in checkpoint.tensors
+    weights = load_weights(checkpoint, expected, optional | ({LANGUAGE_HEAD} if classify else set()))
+    if classify:
+        weights.pop(LANGUAGE_HEAD, None)
+    return weights
 
 
 def _classifier(

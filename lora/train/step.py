@@ -69,6 +69,7 @@ def train_step(
             raise DivergedError(
                 f"the loss is {loss}: first {first_non_finite(model, batch, result.gradients)}"
             )
+        del result  # or one more set of gradients would live through the next micro-batch
     norm = global_norm(total)
     if not math.isfinite(norm):
         # the last micro-batch may be sound: look at each one's own gradients

@@ -168,6 +168,15 @@ def test_full_training_reaches_every_weight(base: Path) -> None:
     assert not dead or all(name.endswith("k_proj.bias") for name in dead)
 
 
+def test_full_training_of_a_classifier_leaves_no_language_head(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", TINY_QWEN2 | {"tie_word_embeddings": False})
+    model = load(base, num_labels=3)
+    model.train_all()
+    _, gradients = model.loss_and_gradients(np.ones((2, 4), int), [0, 2])
+    assert gradients.keys() == model.trainable().keys()
+    assert not [name for name in gradients if "lm_head" in name]
+
+
 def test_head_alone_runs_no_decoder_backward(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(base, num_labels=3)
     monkeypatch.setattr(attention_mixer, "backward", lambda *a, **k: pytest.fail("the decoder is frozen"))
