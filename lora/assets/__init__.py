@@ -13,8 +13,8 @@ _CHECKOUT = _PACKAGE.parent.parent
 def asset(*parts: str) -> Path:
     """Return the path of a packaged file or folder, for example `asset("contracts", "ops", "rope.yaml")`.
 
-    In a checkout (or an editable install of one) the top-level `contracts/` and `kernels/` are read, so that an
-    edit is seen at once; an installed wheel carries them inside this package.
+    In a checkout (or an editable install of one) the top-level `contracts/` and `kernels/` are read, so that
+    an edit is seen at once; an installed wheel carries them inside this package.
 
     Raises:
         MissingFileError: neither place holds it: the installation is incomplete.

@@ -18,7 +18,7 @@ def forward(q: Array, keys: Array, values: Array, lengths: Array, *, scale: floa
 
     Args:
         q: [S, H, E] one rotated query a sequence, of its newest token.
-        keys: [S, C, G, E] rotated keys, the newest token's included; what stands behind `lengths` is not read.
+        keys: [S, C, G, E] rotated keys, the newest token's too; what stands behind `lengths` is not read.
         values: [S, C, G, E] likewise.
         lengths: [S] how many tokens each sequence has kept, from 1 to C.
         scale: multiplies every score; E^-0.5.
@@ -45,7 +45,7 @@ def _check_shapes(q: Array, keys: Array, values: Array, lengths: Array) -> None:
     fits = fits and q.shape[1] % keys.shape[2] == 0
     if not fits or not all(1 <= int(length) <= keys.shape[1] for length in lengths):
         raise ShapeError(
-            "expected q [S, H, E], keys and values [S, C, G, E], G a divisor of H, S lengths from 1 to C; got q "
+            "expected q [S, H, E], keys, values [S, C, G, E], G a divisor of H, S lengths from 1 to C; got q "
             f"{list(q.shape)}, keys {list(keys.shape)}, values {list(values.shape)}, "
             f"lengths {list(map(int, lengths))}"
         )
