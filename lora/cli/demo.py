@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lora.train.run import Run
 
 OUTPUT = "lora-demo"
+SUMMARY = "demo.json"
 # of both runs: the head alone gets the same budget
 SETTINGS: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-3}
 MAX_SEQ_LEN = FinetuneConfig().max_seq_len
@@ -79,6 +81,7 @@ def run_demo(output: Path, callback: Callback) -> Demo:
     from lora.assets import asset
     from lora.cli.merge import merge_folders
     from lora.cli.predict import Texts, predict_texts
+    from lora.io.atomic import write_text
     from lora.model.loading import load
     from lora.train.evaluate import evaluate_classifier, read_examples_for
     from lora.train.finetune import finetune
@@ -96,7 +99,9 @@ def run_demo(output: Path, callback: Callback) -> Demo:
     head_run, head_scores = trained("head", "head-only")
     merged = merge_folders(None, run.best, output / "merged")
     predictions, _ = predict_texts(load(merged.output), Texts(LINES, None), MAX_SEQ_LEN)
-    return Demo(run, head_run, scores, head_scores, merged, predictions)
+    shown = Demo(run, head_run, scores, head_scores, merged, predictions)
+    write_text(output / SUMMARY, json.dumps(shown.as_dict(), indent=2) + "\n")
+    return shown
 
 
 def print_demo(demo: Demo) -> None:
@@ -122,6 +127,7 @@ def print_demo(demo: Demo) -> None:
             "Head only": demo.head_run.best,
             "Merged": f"{demo.merged.output} (max |logit difference| {demo.merged.max_logit_difference:.3g})",
             "Metrics": demo.run.output / "metrics.jsonl",
+            "All figures": demo.run.output.parent / SUMMARY,
         }
     )
     click.echo(f"\nNext:\n  lora predict {demo.run.best} 'sudo rm -rf /tmp/*'")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from lora.model.loading import load
@@ -42,6 +44,7 @@ def test_it_is_the_same_twice_and_overwrites_nothing(lora, tmp_path) -> None:
     first, second = (lora("demo", "-o", tmp_path / name, "-q", "--json") for name in ("a", "b"))
     assert first.exit_code == second.exit_code == 0
     assert first.document["evaluation"] == second.document["evaluation"]
+    assert json.loads((tmp_path / "a" / "demo.json").read_text()) == first.document
     again = lora("demo", "-o", tmp_path / "a", "-q", "--json")
     assert again.exit_code == 5
     assert "holds another run" in again.document["error"]
