@@ -45,6 +45,13 @@ class Cache:
         """Count the tokens that every block has now seen."""
         self.lengths = self.lengths + np.diff(cu_seqlens)
 
+    def keep_rows(self, rows: list[int]) -> None:
+        """Forget every sequence but those of the indices `rows`."""
+        self.lengths = self.lengths[rows]
+        for kept in (self.keys, self.values, self.windows, self.states):
+            for block, array in kept.items():
+                kept[block] = array[rows]
+
     def _keep(self, block: str, k: Array, v: Array, cu_seqlens: Array) -> None:
         if block not in self.keys:
             shape = (len(self.lengths), self.capacity, *k.shape[1:])

@@ -1,52 +1,71 @@
-"""Greedy generation: the prompts once, then a token at a time over what the blocks remember."""
+"""Generation: the prompts once, then a token at a time over what the blocks remember."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from lora.backend import Array
+from lora.backend import Array, to_host
 from lora.data.packed import Packed, pack
 from lora.dispatch import Ops
 from lora.model import decoder
 from lora.model.cache import Cache
 from lora.model.head import CausalHead
 from lora.model.parameters import Parameters
+from lora.model.sampling import Sampling, choose, stream_of
 from lora.spec import ModelSpec
 
+Step = list[tuple[int, int]]  # (prompt, its next token), of every prompt that has not ended
+Ended = Callable[[Sequence[int]], bool]  # whether a continuation ends with the last of its tokens
 
-def generate(
+
+def steps(
     ops: Ops,
     parameters: Parameters,
     spec: ModelSpec,
     dtype: np.dtype[Any],
     prompts: Packed,
     max_new_tokens: int,
-) -> list[np.ndarray]:
-    """Return the new tokens of each prompt, at most `max_new_tokens`, with the end token where it came."""
-    longest = int(prompts.lengths.max())
-    cache = Cache(longest + max_new_tokens, np.zeros(prompts.num_sequences, np.int64))
-    new: list[list[int]] = [[] for _ in range(prompts.num_sequences)]
-    batch = prompts
+    sampling: Sampling,
+    ended: Ended,
+) -> Iterator[Step]:
+    """Yield the next token of each prompt, step by step; a prompt that has ended leaves the batch.
+
+    Args:
+        ops: what runs the operations.
+        parameters: with the active adapter.
+        spec: the model's sizes.
+        dtype: of the arithmetic.
+        prompts: S sequences.
+        max_new_tokens: where a continuation stops that does not end before.
+        sampling: how a token is chosen.
+        ended: told the new tokens of one prompt, the newest last.
+    """
+    cache = Cache(int(prompts.lengths.max()) + max_new_tokens, np.zeros(prompts.num_sequences, np.int64))
+    streams = [
+        stream_of(sampling, prompts.input_ids[start:stop]) for start, stop in pairwise(prompts.cu_seqlens)
+    ]
+    new: list[list[int]] = [[] for _ in streams]
+    running, batch = list(range(prompts.num_sequences)), prompts
     for _ in range(max_new_tokens):
         hidden, _ = decoder.forward(ops, parameters, spec, batch, dtype, record=False, cache=cache)
-        tokens = _best(ops, parameters, hidden, batch)
-        for row, token in zip(new, tokens, strict=True):
-            if not _ended(row, spec):
-                row.append(int(token))
-        if all(_ended(row, spec) for row in new):
-            break
-        # a row that has ended runs on beside the others: what it would say is not kept
-        batch = pack(list(tokens[:, None]))
-    return [np.array(row, np.int64) for row in new]
+        logits = to_host(_last_logits(ops, parameters, hidden, batch))
+        for row, row_logits in zip(running, logits, strict=True):
+            new[row].append(choose(row_logits, sampling, streams[row]))
+        yield [(row, new[row][-1]) for row in running]
+        going_on = [place for place, row in enumerate(running) if not ended(new[row])]
+        if not going_on:
+            return
+        if len(going_on) < len(running):
+            cache.keep_rows(going_on)
+            running = [running[place] for place in going_on]
+        batch = pack([new[row][-1:] for row in running])
 
 
-def _best(ops: Ops, parameters: Parameters, hidden: Array, batch: Packed) -> np.ndarray:
-    """Return the likeliest next token of each sequence, [S] int64."""
+def _last_logits(ops: Ops, parameters: Parameters, hidden: Array, batch: Packed) -> Array:
+    """Return the logits of what follows each sequence, [S, V]."""
     last = hidden[batch.cu_seqlens[1:] - 1]
-    return np.asarray(CausalHead.logits(ops, parameters, last, batch).argmax(axis=-1))
-
-
-def _ended(row: list[int], spec: ModelSpec) -> bool:
-    return bool(row) and row[-1] in spec.eos_token_ids
+    return CausalHead.logits(ops, parameters, last, batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from lora.io.targets import expanded, with_shorthand
 from lora.model import decoder, merging
 from lora.model.adapters import adapter_from_tensors, new_adapter
 from lora.model.context import Gradients
-from lora.model.generation import generate
+from lora.model.generation import Ended, Step, steps
 from lora.model.head import ClassifierHead, Head
 from lora.model.head_file import transformers_note
 from lora.model.merging import MergeReport
 from lora.model.parameters import Parameters, by_name
+from lora.model.sampling import Sampling
 from lora.model.saving import save_model
 from lora.spec import ModelSpec, adaptable_modules
 
@@ -200,14 +201,53 @@ class Model:
         save_adapter(Path(folder), config, adapter.tensors(layout or self.parameters.layout), facts)
 
     def generate(
-        self, input_ids: Any, max_new_tokens: int = 64, attention_mask: Any = None
+        self,
+        input_ids: Any,
+        max_new_tokens: int = 64,
+        attention_mask: Any = None,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop_ids: Sequence[int] = (),
     ) -> list[np.ndarray]:
-        """Return the likeliest continuation of each prompt, greedily: one array of new ids a row.
+        """Return a continuation of each prompt: one array of new ids a row, its end token included.
 
         Args:
             input_ids: integers [B, T] in [0, V).
             max_new_tokens: where a row stops that has not come to an end token; 1 or more.
             attention_mask: [B, T], ones then zeros in each row; None where every token counts.
+            temperature: divides the logits before a token is drawn; 0 takes the likeliest.
+            top_p: draws from the likeliest tokens that hold this share alone, in (0, 1].
+            top_k: draws from this many of the likeliest tokens alone; 0 for all.
+            seed: of the draws; a row's depend on it and on the row's own ids, whatever else is in the batch.
+            stop_ids: tokens that end a row, beside the checkpoint's own end tokens.
+
+        Raises:
+            UsageError: the model is a classifier, or a setting is out of its range.
+            DataError: an id is outside the vocabulary.
+        """
+        prompts = self._pack(input_ids, attention_mask, None)
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        ends = {*self.spec.eos_token_ids, *map(int, stop_ids)}
+        new: list[list[int]] = [[] for _ in range(prompts.num_sequences)]
+        for step in self.stream(prompts, max_new_tokens, sampling, lambda row: row[-1] in ends):
+            for row, token in step:
+                new[row].append(token)
+        return [np.array(row, np.int64) for row in new]
+
+    def stream(
+        self, prompts: Packed, max_new_tokens: int, sampling: Sampling, ended: Ended | None = None
+    ) -> Iterator[Step]:
+        """Yield the continuations of packed prompts as they come: a list of (prompt, token) a step.
+
+        Args:
+            prompts: S sequences of token ids.
+            max_new_tokens: where a prompt stops that has not ended; 1 or more.
+            sampling: how a token is chosen.
+            ended: told a prompt's new tokens, says whether it ends there; None for the checkpoint's own end
+                tokens.
 
         Raises:
             UsageError: the model is a classifier, or max_new_tokens is below 1.
@@ -218,8 +258,15 @@ class Model:
                 f"generate needs a causal model and max_new_tokens >= 1; got {self._task_type} "
                 f"and {max_new_tokens}"
             )
-        prompts = self._pack(input_ids, attention_mask, None)
-        return generate(self.ops, self.parameters, self.spec, self.dtype, prompts, max_new_tokens)
+        self.check_ids(prompts)
+        if ended is None:
+            ended = self._at_end_token
+        return steps(
+            self.ops, self.parameters, self.spec, self.dtype, prompts, max_new_tokens, sampling, ended
+        )
+
+    def _at_end_token(self, new: Sequence[int]) -> bool:
+        return new[-1] in self.spec.eos_token_ids
 
     def merge_adapter(self, probe: Any = None) -> MergeReport:
         """Add the active adapter to the weights, in float32 with one rounding; report what rounding changed.
