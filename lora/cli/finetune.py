@@ -62,6 +62,10 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str) -> str | tu
 @setting("--batch-size", type=int, help="Rows in a batch.")
 @setting("--max-seq-len", type=int, help="Tokens of a text; a longer one keeps its head.")
 @setting("--grad-accum", type=int, help="Batches in an optimizer step.")
+@setting(
+    "--packing/--no-packing",
+    help="Run rows together, without padding, up to the plan's tokens; or each alone. The same gradients.",
+)
 @setting("--val-split", type=float, help="Share of the rows that validate, at most 0.5.")
 @setting("--patience", type=int, help="Epochs without a better validation loss before the run stops.")
 @setting("--warmup", type=float, help="Share of the steps in which the learning rate rises.")

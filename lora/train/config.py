@@ -31,6 +31,7 @@ class FinetuneConfig:
     batch_size: int = 32  # rows
     max_seq_len: int = 512  # tokens; a longer text keeps its head
     grad_accum: int = 1  # batches per optimizer step
+    packing: bool = True  # rows together up to the plan's tokens; False: every row alone
     val_split: float = 0.2  # share of the rows
     patience: int = 10  # epochs without a better validation loss
     warmup: float = 0.1  # share of the steps

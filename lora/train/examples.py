@@ -35,6 +35,11 @@ class Examples:
         """Tokens of all rows together."""
         return sum(map(len, self.sequences))
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, [n] int64."""
+        return np.array([len(sequence) for sequence in self.sequences], np.int64)
+
     def batch(self, rows: Sequence[int] | np.ndarray) -> Packed:
         """Return the rows of these indices as one packed batch."""
         sequences = [self.sequences[row] for row in rows]

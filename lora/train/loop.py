@@ -12,6 +12,7 @@ import numpy as np
 from lora.backend import Array
 from lora.data.batches import epoch_batches
 from lora.data.packed import split
+from lora.data.packing import longest_first
 from lora.errors import DivergedError
 from lora.model.model import Model
 from lora.train.callbacks import Callback, EpochDone, StepDone
@@ -73,9 +74,8 @@ class Loop:
     def _epoch(self, epoch: int, optimizer: AdamW) -> EpochDone:
         start = time.perf_counter()
         reports = []
-        rows = epoch_batches(len(self.train), self.config.batch_size, self.config.seed, epoch)
-        for first in range(0, len(rows), self.config.grad_accum):
-            reports.append(self._step(epoch, optimizer, rows[first : first + self.config.grad_accum]))
+        for rows in self._steps(epoch):
+            reports.append(self._step(epoch, optimizer, rows))
         seconds = time.perf_counter() - start
         counted = sum(report.counted for report in reports)
         val_loss, val_accuracy = evaluate_loss(
@@ -97,6 +97,13 @@ class Loop:
             best=self.progress.best is None or val_loss < self.progress.best.val_loss,
         )
 
+    def _steps(self, epoch: int) -> list[Sequence[Array]]:
+        """Return the batches of row indices of each step; the run's first step takes the most memory."""
+        batches = epoch_batches(len(self.train), self.config.batch_size, self.config.seed, epoch)
+        accum = self.config.grad_accum
+        steps = [batches[first : first + accum] for first in range(0, len(batches), accum)]
+        return longest_first(steps, self.train.lengths, self.micro_tokens) if epoch == 1 else steps
+
     def _step(self, epoch: int, optimizer: AdamW, rows: Sequence[Array]) -> StepReport:
         start, lr = time.perf_counter(), self._learning_rate(self.progress.step)
         report = train_step(
@@ -106,6 +113,7 @@ class Loop:
             lr=lr,
             clip=self.config.clip,
             micro_tokens=self.micro_tokens,
+            packing=self.config.packing,
             class_weights=self.class_weights,
         )
         self.progress.step += 1

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora.backend import Array
-from lora.data.packed import Packed, split
+from lora.data.packed import Packed
+from lora.data.packing import micro_batches
 from lora.errors import DataError, DivergedError
 from lora.model.diagnosis import first_non_finite
 from lora.model.model import Model
@@ -35,13 +36,14 @@ def train_step(
     lr: float,
     clip: float,
     micro_tokens: int,
+    packing: bool = True,
     class_weights: Array | None = None,
 ) -> StepReport:
     """Add up the gradients of `batches`, clip their joint norm, and move the trained arrays once.
 
     Every share is divided by the whole step's count before it is added. Averaging the means of the batches
-    instead would weigh a token of a short batch more than one of a long batch. For the same reason a batch
-    may be cut into micro-batches that fit into memory without changing the result.
+    instead would weigh a token of a short batch more than one of a long batch. For the same reason the rows
+    may be run in any micro-batches that fit into memory without changing the result.
 
     Args:
         model: what is trained.
@@ -50,6 +52,7 @@ def train_step(
         lr: this step's learning rate.
         clip: the largest joint norm of the gradients; 0 for no limit.
         micro_tokens: how many tokens are run at once, at most; a longer sequence runs alone.
+        packing: False to run every row alone.
         class_weights: [C], a classifier's weight of each class.
 
     Raises:
@@ -59,9 +62,9 @@ def train_step(
     if any(batch.counted == 0 for batch in batches):
         raise DataError("a batch without one counted token: every label in it is masked")
     normalizer = sum(model.head.normalizer(batch, class_weights) for batch in batches)
-    micro_batches = [part for batch in batches for part in _cut(batch, micro_tokens)]
+    parts = micro_batches(batches, micro_tokens, packing=packing)
     loss, correct, total = 0.0, 0, dict[str, Array]()
-    for batch in micro_batches:
+    for batch in parts:
         result = model.step(batch, normalizer=normalizer, class_weights=class_weights)
         loss, correct = loss + result.loss, correct + result.correct
         _accumulate(total, result.gradients)
@@ -74,7 +77,7 @@ def train_step(
     if not math.isfinite(norm):
         # the last micro-batch may be sound: look at each one's own gradients
         raise DivergedError(
-            f"a gradient is not finite: first {_broken_micro_batch(model, micro_batches, normalizer)}"
+            f"a gradient is not finite: first {_broken_micro_batch(model, parts, normalizer)}"
         )
     if clip and norm > clip:
         for gradient in total.values():
@@ -89,10 +92,6 @@ def global_norm(gradients: dict[str, Array]) -> float:
     return math.sqrt(sum(float(np.vdot(g, g)) for g in gradients.values()))
 
 
-def _cut(batch: Packed, micro_tokens: int) -> list[Packed]:
-    return split(batch, max(micro_tokens, int(batch.lengths.max())))
-
-
 def _accumulate(total: dict[str, Array], gradients: dict[str, Array]) -> None:
     for name, gradient in gradients.items():
         if name in total:
@@ -101,8 +100,8 @@ def _accumulate(total: dict[str, Array], gradients: dict[str, Array]) -> None:
             total[name] = gradient
 
 
-def _broken_micro_batch(model: Model, micro_batches: Sequence[Packed], normalizer: float) -> str:
-    for batch in micro_batches:
+def _broken_micro_batch(model: Model, parts: Sequence[Packed], normalizer: float) -> str:
+    for batch in parts:
         gradients = model.step(batch, normalizer=normalizer).gradients
         if not math.isfinite(global_norm(gradients)):
             return first_non_finite(model, batch, gradients)

@@ -116,13 +116,15 @@ VALUES = {
 
 def test_every_option_reaches_the_run(lora, base, rows, tmp_path) -> None:
     arguments = [argument for option, (value, _) in VALUES.items() for argument in (option, value)]
-    outcome = lora("finetune", base, "-d", rows, "-o", tmp_path / "run", *arguments, "--no-head-bias")
+    outcome = lora(
+        "finetune", base, "-d", rows, "-o", tmp_path / "run", *arguments, "--no-head-bias", "--no-packing"
+    )
     assert outcome.exit_code == 0
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     expected = {option[2:].replace("-", "_"): setting for option, (_, setting) in VALUES.items()}
     assert {name: settings[name] for name in expected} == expected
-    assert settings["head_bias"] is False
-    unproven = settings.keys() - expected.keys() - {"head_bias", "model_size", "device"}
+    assert settings["head_bias"] is settings["packing"] is False
+    unproven = settings.keys() - expected.keys() - {"head_bias", "packing", "model_size", "device"}
     assert not unproven, "a new setting needs a value above"
 
 
