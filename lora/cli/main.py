@@ -18,6 +18,7 @@ from lora.cli.doctor import doctor
 from lora.cli.eval import evaluate
 from lora.cli.failures import Failures
 from lora.cli.finetune import finetune
+from lora.cli.generate import generate
 from lora.cli.inspect import inspect
 from lora.cli.merge import merge
 from lora.cli.predict import predict
@@ -58,7 +59,7 @@ def lora(ctx: click.Context) -> None:
         ctx.exit(2)
 
 
-for _command in (demo, finetune, evaluate, predict, merge, inspect, doctor):
+for _command in (demo, finetune, evaluate, predict, generate, merge, inspect, doctor):
     lora.add_command(_command)
 
 

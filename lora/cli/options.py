@@ -24,6 +24,30 @@ dtype_option = click.option(
 )
 
 
+def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --temperature, --top-p, --top-k and --seed."""
+    for option in (
+        click.option("--seed", type=click.IntRange(0), default=0, help="Of the draws."),
+        click.option(
+            "--top-k", type=click.IntRange(0), default=0, help="Draw from so many alone; 0: from all."
+        ),
+        click.option(
+            "--top-p",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=1.0,
+            help="Draw from the likeliest tokens that hold this share.",
+        ),
+        click.option(
+            "--temperature",
+            type=click.FloatRange(0),
+            default=0.0,
+            help="Divides the logits before a token is drawn; 0 takes the likeliest.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --json, which the command receives as `as_json`, and --debug, which `Failures` reads by itself."""
     command = click.option(

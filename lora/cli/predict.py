@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora.cli.options import base_option, dtype_option, length_option, output_options
 from lora.cli.output import note_truncated, one_line, print_json
+from lora.cli.texts import Texts, check_one_source, read_texts
 from lora.cli.unbuilt import refuse_apr
-from lora.errors import DataError, FileFormatError, MissingFileError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,14 +43,13 @@ def predict(
     A TEXT that starts with a dash comes after `--`.
     """
     refuse_apr(model)
-    if texts and data is not None:
-        raise UsageError("texts come from the arguments or from --data, not from both")
+    check_one_source(texts, data)
     from lora.io.hub import require_path
     from lora.model.loading import load
     from lora.train.evaluate import classifier_head
 
     require_path(model)
-    read = _read(texts, data)
+    read = read_texts(texts, data, field="input")
     loaded = load(model, base=base, dtype=dtype)
     names = classifier_head(loaded).class_names
     predictions, truncated = predict_texts(loaded, read, max_seq_len)
@@ -64,14 +61,6 @@ def predict(
         )
     else:
         print_predictions(predictions)
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What is to be classified, and where each text stands in its file; None for arguments."""
-
-    texts: tuple[str, ...]
-    lines: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -114,48 +103,3 @@ def print_predictions(predictions: Sequence[Prediction]) -> None:
 def _prediction(text: str, row: np.ndarray, names: Sequence[str]) -> Prediction:
     best = int(row.argmax())
     return Prediction(text, names[best], float(row[best]), dict(zip(names, row.tolist(), strict=True)))
-
-
-def _read(texts: tuple[str, ...], data: str | None) -> Texts:
-    if texts:
-        return Texts(_decoded(texts), None)
-    if data is not None:
-        return _rows(Path(data)) if data.endswith(".jsonl") else _lines(_content(Path(data)), data)
-    if sys.stdin.isatty():
-        raise UsageError(
-            "nothing to classify: give texts as arguments, in a file with --data, or on standard input"
-        )
-    return _lines(sys.stdin.buffer.read(), "standard input")
-
-
-def _decoded(texts: tuple[str, ...]) -> tuple[str, ...]:
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:  # Python keeps bytes that are no UTF-8 as halves of surrogate pairs
-        raise UsageError("expected texts in UTF-8 as arguments; other bytes come in a file") from error
-    return texts
-
-
-def _rows(path: Path) -> Texts:
-    from lora.data.rows import read_parsed, text_field
-
-    pairs, problems = read_parsed(path, lambda row: (text_field(row, "input"), row.line))
-    problems.raise_any()
-    return Texts(*zip(*pairs, strict=True))
-
-
-def _content(path: Path) -> bytes:
-    if not path.is_file():
-        raise MissingFileError(f"{path}: expected a file, found {'a folder' if path.is_dir() else 'nothing'}")
-    return path.read_bytes()
-
-
-def _lines(content: bytes, where: str) -> Texts:
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{where}: expected UTF-8, found byte 0x{content[error.start]:02x}") from error
-    lines = tuple(line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")) if text else ()
-    if not lines:
-        raise DataError(f"{where}: holds no text")
-    return Texts(lines, tuple(range(1, len(lines) + 1)))

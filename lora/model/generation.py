@@ -19,7 +19,9 @@ from lora.model.sampling import Sampling, choose, stream_of
 from lora.spec import ModelSpec
 
 Step = list[tuple[int, int]]  # (prompt, its next token), of every prompt that has not ended
-Ended = Callable[[Sequence[int]], bool]  # whether a continuation ends with the last of its tokens
+Ended = Callable[
+    [int, Sequence[int]], bool
+]  # (prompt, its new tokens): whether it ends with the last of them
 
 
 def steps(
@@ -42,7 +44,7 @@ def steps(
         prompts: S sequences.
         max_new_tokens: where a continuation stops that does not end before.
         sampling: how a token is chosen.
-        ended: told the new tokens of one prompt, the newest last.
+        ended: asked of every prompt at every step, before the step is yielded.
     """
     cache = Cache(int(prompts.lengths.max()) + max_new_tokens, np.zeros(prompts.num_sequences, np.int64))
     streams = [
@@ -55,8 +57,8 @@ def steps(
         logits = to_host(_last_logits(ops, parameters, hidden, batch))
         for row, row_logits in zip(running, logits, strict=True):
             new[row].append(choose(row_logits, sampling, streams[row]))
+        going_on = [place for place, row in enumerate(running) if not ended(row, new[row])]
         yield [(row, new[row][-1]) for row in running]
-        going_on = [place for place, row in enumerate(running) if not ended(new[row])]
         if not going_on:
             return
         if len(going_on) < len(running):

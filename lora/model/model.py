@@ -122,9 +122,21 @@ class Model:
         return result.loss, result.gradients
 
     def step(
-        self, batch: Packed, *, normalizer: float | None = None, class_weights: Array | None = None
+        self,
+        batch: Packed,
+        *,
+        normalizer: float | None = None,
+        class_weights: Array | None = None,
+        label_smoothing: float = 0.0,
     ) -> StepResult:
-        """Return loss and gradients of a packed batch; arguments and errors as in `loss_and_gradients`."""
+        """Return loss and gradients of a packed batch; arguments and errors as in `loss_and_gradients`.
+
+        Args:
+            batch: with targets.
+            normalizer: what the summed loss is divided by.
+            class_weights: [C], a classifier's weight of each class.
+            label_smoothing: in [0, 1), the share of each target that is spread evenly over all classes.
+        """
         self._check_trainable()
         if normalizer is None:
             normalizer = self.head.normalizer(batch, class_weights)
@@ -133,7 +145,13 @@ class Model:
         gradients = Gradients(self.parameters)
         hidden, tape = decoder.forward(self.ops, self.parameters, self.spec, batch, self.dtype, record=True)
         outcome, dhidden = self.head.loss(
-            self.ops, hidden, batch, gradients, normalizer=normalizer, class_weights=class_weights
+            self.ops,
+            hidden,
+            batch,
+            gradients,
+            normalizer=normalizer,
+            class_weights=class_weights,
+            label_smoothing=label_smoothing,
         )
         decoder.backward(tape, dhidden, gradients)
         return StepResult(outcome.loss, outcome.correct, by_name(gradients.arrays))
@@ -232,7 +250,7 @@ class Model:
         sampling = Sampling(temperature, top_p, top_k, seed)
         ends = {*self.spec.eos_token_ids, *map(int, stop_ids)}
         new: list[list[int]] = [[] for _ in range(prompts.num_sequences)]
-        for step in self.stream(prompts, max_new_tokens, sampling, lambda row: row[-1] in ends):
+        for step in self.stream(prompts, max_new_tokens, sampling, lambda _, tokens: tokens[-1] in ends):
             for row, token in step:
                 new[row].append(token)
         return [np.array(row, np.int64) for row in new]
@@ -246,8 +264,8 @@ class Model:
             prompts: S sequences of token ids.
             max_new_tokens: where a prompt stops that has not ended; 1 or more.
             sampling: how a token is chosen.
-            ended: told a prompt's new tokens, says whether it ends there; None for the checkpoint's own end
-                tokens.
+            ended: given a prompt's index and its new tokens, says whether it ends there; None for the
+                checkpoint's own end tokens.
 
         Raises:
             UsageError: the model is a classifier, or max_new_tokens is below 1.
@@ -265,7 +283,7 @@ class Model:
             self.ops, self.parameters, self.spec, self.dtype, prompts, max_new_tokens, sampling, ended
         )
 
-    def _at_end_token(self, new: Sequence[int]) -> bool:
+    def _at_end_token(self, row: int, new: Sequence[int]) -> bool:
         return new[-1] in self.spec.eos_token_ids
 
     def merge_adapter(self, probe: Any = None) -> MergeReport:
