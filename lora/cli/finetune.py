@@ -93,6 +93,11 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str) -> str | tu
     "--model-size", metavar="SIZE", help="A published size, for example 0.5B: of MODEL, or in its place."
 )
 @setting(
+@setting(
+    "--label-smoothing",
+    type=float,
+    help="Share of each target spread over all classes; in training alone, so not in the validation loss.",
+)
     "--layout",
     metavar="[text|multimodal]",
     default="the base's own",

@@ -50,12 +50,18 @@ class CausalHead:
         *,
         normalizer: float,
         class_weights: Array | None,
+        label_smoothing: float,
     ) -> tuple[Any, Array]:
         """Return (Outcome, dhidden [N, D]); a trained head adds its gradient to `gradients`."""
         name = _language_head(gradients.parameters)
         wants = gradients.parameters.is_trained(name)
         outcome, saved = ops.softmax_xent.forward(
-            hidden, gradients.parameters[name], batch.targets, normalizer=normalizer, wants_weight=wants
+            hidden,
+            gradients.parameters[name],
+            batch.targets,
+            normalizer=normalizer,
+            label_smoothing=label_smoothing,
+            wants_weight=wants,
         )
         grads = ops.softmax_xent.backward(saved)
         if wants:
@@ -97,12 +103,15 @@ class ClassifierHead:
         *,
         normalizer: float,
         class_weights: Array | None,
+        label_smoothing: float,
     ) -> tuple[Any, Array]:
         """Return (Outcome, dhidden [N, D]); add the head's gradients to `gradients`."""
         parameters = gradients.parameters
         pooled, pool_saved = ops.pool.forward(hidden, batch.cu_seqlens, kind=self.pooling)
         arrays = _classifier_arrays(parameters, batch, class_weights)
-        outcome, saved = ops.softmax_xent.forward(pooled, *arrays, normalizer=normalizer, wants_weight=True)
+        outcome, saved = ops.softmax_xent.forward(
+            pooled, *arrays, normalizer=normalizer, label_smoothing=label_smoothing, wants_weight=True
+        )
         grads = ops.softmax_xent.backward(saved)
         gradients.add(parameters.gradient_name("score.weight"), grads.weight)
         if grads.bias is not None:

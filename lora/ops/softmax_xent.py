@@ -3,10 +3,13 @@
     logits_n = W h_n + bias        loss = Σ_n w_n (log Σ_v exp(logits_nv) - logits_n,target) / normalizer
 
 over the rows whose target is not -100. Those rows alone are read: the others are dropped before the product.
+Label smoothing ε trains towards (1 - ε) onehot + ε / V in the place of onehot: (1 - ε) logits_n,target +
+ε mean_v logits_nv stands in the place of logits_n,target.
 The logits of a chunk become their own gradient in place, and are gone when the next chunk begins.
 
 Contract: contracts/ops/softmax_xent.yaml. Source: Bridle 1990, "Probabilistic interpretation of feedforward
-classification network outputs"; head and loss fused: Hsu et al. 2024, arXiv:2410.10989.
+classification network outputs"; head and loss fused: Hsu et al. 2024, arXiv:2410.10989; label smoothing:
+Szegedy et al. 2016, arXiv:1512.00567, section 7.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ def forward(
     row_weights: Array | None = None,
     *,
     normalizer: float,
+    label_smoothing: float = 0.0,
     wants_gradient: bool = True,
     wants_weight: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
@@ -67,6 +71,7 @@ def forward(
         bias: [V] or None.
         row_weights: [N] weight of each row in the sum, or None for ones.
         normalizer: divides the sum: the counted rows of the optimizer step, or the sum of their weights.
+        label_smoothing: ε in [0, 1): the share of each target that is spread evenly over all V.
         wants_gradient: False in evaluation: one product instead of two.
         wants_weight: also the gradients of weight and bias, for a head that is trained.
         chunk_bytes: upper limit of the logits that exist at once, though never less than one row.
@@ -74,10 +79,13 @@ def forward(
     Raises:
         ShapeError: the arrays do not fit.
         DataError: a target is outside [0, V), or the normalizer is not positive.
+        UsageError: the label smoothing is outside [0, 1).
     """
     xp = array_module(hidden, weight, targets, bias, row_weights)
     if not normalizer > 0:
         raise DataError(f"the normalizer counts the rows of the step and must be positive; got {normalizer}")
+    if not 0 <= label_smoothing < 1:
+        raise UsageError(f"label_smoothing: expected a share in [0, 1), found {label_smoothing}")
     head, counted = _Head(weight, bias), xp.flatnonzero(targets != IGNORED)
     _check_shapes(hidden, head, targets, row_weights)
     _check_targets(targets[counted], weight.shape[0])
@@ -89,7 +97,7 @@ def forward(
         rows = counted[start : start + step]
         shares = xp.ones(rows.size, dtype) if row_weights is None else row_weights[rows].astype(dtype)
         shares /= normalizer
-        chunk_loss, chunk_correct = _chunk(hidden, head, rows, targets[rows], shares, grads)
+        chunk_loss, chunk_correct = _chunk(hidden, head, rows, targets[rows], shares, label_smoothing, grads)
         loss, correct = loss + chunk_loss, correct + chunk_correct
     return Outcome(loss, correct), Saved(grads)
 
@@ -134,7 +142,13 @@ def _zero_grads(hidden: Array, head: _Head, wants_weight: bool) -> Grads:
 
 
 def _chunk(
-    hidden: Array, head: _Head, rows: Array, targets: Array, shares: Array, grads: Grads | None
+    hidden: Array,
+    head: _Head,
+    rows: Array,
+    targets: Array,
+    shares: Array,
+    smoothing: float,
+    grads: Grads | None,
 ) -> tuple[float, int]:
     """Return the loss and the correct rows of one chunk, and add its gradients to `grads`."""
     xp, each = array_module(hidden), array_module(hidden).arange(rows.size)
@@ -144,13 +158,17 @@ def _chunk(
         logits += wide(head.bias)
     best = logits.argmax(axis=1)
     logits -= logits[each, best][:, None]
-    of_target = logits[each, targets]
+    aim = logits[each, targets]  # the logits' mean under what the row is trained towards
+    if smoothing:
+        aim = (1 - smoothing) * aim + smoothing * logits.mean(axis=1)
     odds = xp.exp(logits, out=logits)
     total = odds.sum(axis=1)
-    loss = float((shares * (xp.log(total) - of_target)).sum(dtype="float64"))
+    loss = float((shares * (xp.log(total) - aim)).sum(dtype="float64"))
     if grads is not None:
         # p - onehot is (odds - total · onehot) / total: the division waits for the narrower arrays
-        odds[each, targets] -= total
+        odds[each, targets] -= (1 - smoothing) * total
+        if smoothing:
+            odds -= (smoothing / odds.shape[1] * total)[:, None]
         _add_gradients(grads, rows, inputs, odds, head, shares / total)
     return loss, int((best == targets).sum())
 

@@ -41,6 +41,7 @@ class FinetuneConfig:
     pooling: Pooling | None = None  # None: mean, or a classification checkpoint's own
     head_bias: bool | None = None  # None: with a bias, or a classification checkpoint's own
     class_weights: ClassWeights = "auto"
+    label_smoothing: float = 0.0  # of the training loss; validation is not smoothed
     save_every: int | None = None  # epochs; None: each of up to 5, else every 5th
     layout: Layout | None = None  # of the adapter's tensor names; None: the base's own
     model_size: str | None = None  # a published size that the checkpoint must have
@@ -90,6 +91,7 @@ class FinetuneConfig:
                 self.class_weights in get_args(ClassWeights),
                 ", ".join(get_args(ClassWeights)),
             ),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "0 or more, less than 1"),
             ("save_every", self.save_every is None or _whole(self.save_every, 1), "1 or more"),
             ("layout", self.layout in (None, *get_args(Layout)), "text or multimodal"),
             ("device", self.device in ("cpu", "cuda"), "cpu or cuda"),

@@ -115,6 +115,7 @@ class Loop:
             micro_tokens=self.micro_tokens,
             packing=self.config.packing,
             class_weights=self.class_weights,
+            label_smoothing=self.config.label_smoothing,
         )
         self.progress.step += 1
         rate = report.tokens / (time.perf_counter() - start)

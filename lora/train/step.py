@@ -38,6 +38,7 @@ def train_step(
     micro_tokens: int,
     packing: bool = True,
     class_weights: Array | None = None,
+    label_smoothing: float = 0.0,
 ) -> StepReport:
     """Add up the gradients of `batches`, clip their joint norm, and move the trained arrays once.
 
@@ -54,6 +55,7 @@ def train_step(
         micro_tokens: how many tokens are run at once, at most; a longer sequence runs alone.
         packing: False to run every row alone.
         class_weights: [C], a classifier's weight of each class.
+        label_smoothing: the share of each target that is spread evenly over all classes or tokens.
 
     Raises:
         DataError: a batch holds no counted token.
@@ -65,7 +67,9 @@ def train_step(
     parts = micro_batches(batches, micro_tokens, packing=packing)
     loss, correct, total = 0.0, 0, dict[str, Array]()
     for batch in parts:
-        result = model.step(batch, normalizer=normalizer, class_weights=class_weights)
+        result = model.step(
+            batch, normalizer=normalizer, class_weights=class_weights, label_smoothing=label_smoothing
+        )
         loss, correct = loss + result.loss, correct + result.correct
         _accumulate(total, result.gradients)
         if not math.isfinite(loss):

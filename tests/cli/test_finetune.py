@@ -108,6 +108,7 @@ VALUES = {
     "--num-classes": ("2", 2),
     "--pooling": ("last", "last"),
     "--class-weights": ("uniform", "uniform"),
+    "--label-smoothing": ("0.1", 0.1),
     "--save-every": ("2", 2),
     "--dtype": ("float64", "float64"),
     "--layout": ("text", "text"),

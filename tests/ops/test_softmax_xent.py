@@ -219,6 +219,30 @@ def check_inputs_unchanged(op: Any, case: Case) -> None:
     assert_unchanged(arrays, lambda: op.backward(op.forward(**arrays, **case.scalars(4))[1]))
 
 
+def check_smoothing(op: Any, case: Case) -> None:
+    case = case._replace(texture="normal")
+    arrays, smoothing = case.arrays("float64"), (1 + case.seed % 9) / 10
+    plain, saved = op.forward(**arrays, **case.scalars())
+    expected = [(1 - smoothing) * part for part in _loss_and_gradients(plain, op.backward(saved))]
+    for target in range(case.v):
+        targets = np.where(arrays["targets"] == IGNORED, IGNORED, target)
+        outcome, saved = op.forward(**{**arrays, "targets": targets}, **case.scalars())
+        of_class = _loss_and_gradients(outcome, op.backward(saved))
+        expected = [a + smoothing / case.v * b for a, b in zip(expected, of_class, strict=True)]
+    smoothed, saved = op.forward(**arrays, **case.scalars(), label_smoothing=smoothing)
+    found = _loss_and_gradients(smoothed, op.backward(saved))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+    assert smoothed.correct == plain.correct
+    for foreign in (-0.1, 1.0, float("nan")):
+        call = partial(op.forward, **arrays, normalizer=1.0, label_smoothing=foreign)
+        assert_refused(UsageError, str(foreign), call)
+
+
+def _loss_and_gradients(outcome: Outcome, grads: Grads) -> list[Any]:
+    return [np.array(outcome.loss), *(grad for grad in grads if grad is not None)]
+
+
 CHECKS = {
     "XENT-001": check_gradients,
     "XENT-002": check_outcome,
@@ -229,6 +253,7 @@ CHECKS = {
     "XENT-008": check_wants,
     "XENT-009": check_refusals,
     "XENT-010": check_inputs_unchanged,
+    "XENT-011": check_smoothing,
 }
 MEASURED = {"XENT-006": check_memory}  # on one case: what it allocates depends on sizes alone
 
@@ -342,7 +367,36 @@ def _scales_row_weights(*args: Any, row_weights: Any = None, **named: Any) -> An
     return softmax_xent.forward(*args, row_weights=row_weights, **named)
 
 
+def _smoothing(change: Any) -> SimpleNamespace:
+    """Return the operation that takes `change(ε, V)` for ε."""
+
+    def forward(hidden: Any, weight: Any, *rest: Any, label_smoothing: float = 0.0, **named: Any) -> Any:
+        if not 0 < label_smoothing < 1:
+            return softmax_xent.forward(hidden, weight, *rest, label_smoothing=label_smoothing, **named)
+        changed = change(label_smoothing, len(weight))
+        return softmax_xent.forward(hidden, weight, *rest, label_smoothing=changed, **named)
+
+    return _bug(forward=forward)
+
+
+def _smooths_one(*, in_loss: bool) -> SimpleNamespace:
+    def forward(*args: Any, label_smoothing: float = 0.0, **named: Any) -> Any:
+        smoothed = softmax_xent.forward(*args, label_smoothing=label_smoothing, **named)
+        plain = softmax_xent.forward(*args, **named)
+        return (smoothed[0], plain[1]) if in_loss else (plain[0], smoothed[1])
+
+    return _bug(forward=forward)
+
+
 MUTANTS = {
+    # (1 - ε) / C to every class in the place of ε / C
+    "spreads_what_is_left": _smoothing(lambda smoothing, classes: 1 - smoothing),
+    # ε / (C - 1) to the others, and none of it to the target
+    "spreads_over_the_others": _smoothing(
+        lambda smoothing, classes: min(0.999, smoothing * classes / max(1, classes - 1))
+    ),
+    "smooths_the_loss_alone": _smooths_one(in_loss=True),
+    "smooths_the_gradient_alone": _smooths_one(in_loss=False),
     "forgets_the_onehot": _bug(forward=partial(_defined, change="onehot")),
     "forgets_the_row_weights_in_backward": _without("row_weights", in_loss=False),
     "forgets_the_normalizer_in_backward": _without("normalizer", in_loss=False),
