@@ -88,16 +88,16 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str) -> str | tu
     metavar="[auto|uniform|sqrt_inverse|inverse_freq]",
     help="auto weighs imbalanced classes.",
 )
-@setting("--save-every", type=int, default="1 up to 5 epochs, else 5", help="Epochs between kept states.")
-@setting(
-    "--model-size", metavar="SIZE", help="A published size, for example 0.5B: of MODEL, or in its place."
-)
-@setting(
 @setting(
     "--label-smoothing",
     type=float,
     help="Share of each target spread over all classes; in training alone, so not in the validation loss.",
 )
+@setting("--save-every", type=int, default="1 up to 5 epochs, else 5", help="Epochs between kept states.")
+@setting(
+    "--model-size", metavar="SIZE", help="A published size, for example 0.5B: of MODEL, or in its place."
+)
+@setting(
     "--layout",
     metavar="[text|multimodal]",
     default="the base's own",
