@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora.cli.options import output_options
-from lora.cli.output import LISTED, listed, print_facts, print_json
-from lora.cli.unbuilt import refuse_apr
+from lora.cli.output import LISTED, listed, one_line, print_facts, print_json
 from lora.errors import MissingFileError
 
 if TYPE_CHECKING:
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
 @click.argument("path")
 @output_options
 def inspect(path: str, as_json: bool) -> None:
-    """Say what PATH is and holds: a checkpoint, an adapter, a run, a safetensors file, or a data file."""
-    refuse_apr(path)
+    """Say what PATH is and holds: a checkpoint, an adapter, a run, a safetensors or .apr file, or data."""
     found = _describe(Path(path))
     if as_json:
         print_json({"status": "inspected", "path": path, **found})
@@ -34,7 +32,7 @@ def _describe(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise MissingFileError(f"{path}: no such file or folder")
     if path.is_file():
-        return _weights_file(path) if path.suffix == ".safetensors" else _data_file(path)
+        return _FILES.get(path.suffix.lower(), _data_file)(path)
     from lora.io.peft import CONFIG
 
     if (path / CONFIG).is_file():
@@ -95,6 +93,22 @@ def _weights_file(path: Path) -> dict[str, Any]:
     return {"kind": "weights", **_contents(tensors), "names": sorted(tensors)}
 
 
+def _apr_file(path: Path) -> dict[str, Any]:
+    from lora.io.apr import read_apr
+
+    metadata, tensors = read_apr(path)
+    short = {key: value for key, value in metadata.items() if isinstance(value, str | int | float)}
+    return {
+        "kind": "APR v2",
+        **_contents(tensors),
+        "names": sorted(tensors),
+        "metadata": {
+            key: one_line(value) if isinstance(value, str) else value for key, value in short.items()
+        },
+        "other_metadata": sorted(metadata.keys() - short.keys()),
+    }
+
+
 def _contents(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "tensors": len(tensors),
@@ -138,3 +152,6 @@ def _shown(value: Any) -> str | None:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else None if value is None else str(value)
+
+
+_FILES = {".safetensors": _weights_file, ".apr": _apr_file}

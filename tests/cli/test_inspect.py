@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from lora.io.apr import write_apr
 from lora.model.loading import load
 from tests.cli.conftest import CONFIG
 
@@ -82,3 +84,27 @@ def test_what_is_none_of_these(lora, tmp_path, as_json: bool) -> None:
     assert lora("inspect", tmp_path / "a.bin", *flags).exit_code == 5
     (tmp_path / "a.safetensors").write_bytes(b"\xff\xfe")
     assert lora("inspect", tmp_path / "a.safetensors", *flags).exit_code == 4
+
+
+def test_an_apr_file(lora, tmp_path) -> None:
+    path = tmp_path / "model.apr"
+    tensors = {"b": np.zeros((2, 3), np.float32), "a": np.zeros(4, np.float16)}
+    write_apr(path, {"architecture": "qwen2", "hidden_size": 3, "vocabulary": ["x"]}, tensors)
+    document = lora("inspect", path, "--json").document
+    assert (document["kind"], document["tensors"], document["parameters"]) == ("APR v2", 2, 10)
+    assert document["dtypes"] == {"float16": 1, "float32": 1}
+    assert document["names"] == ["a", "b"]
+    assert document["metadata"] == {"architecture": "qwen2", "hidden_size": 3}
+    assert document["other_metadata"] == ["vocabulary"]
+    assert "architecture qwen2" in lora("inspect", path).out
+
+
+def test_a_corrupt_apr_file_is_refused_in_one_line(lora, tmp_path) -> None:
+    path = tmp_path / "model.apr"
+    write_apr(path, {}, {"a": np.zeros(4, np.float32)})
+    raw = bytearray(path.read_bytes())
+    raw[-20] ^= 1
+    path.write_bytes(raw)
+    outcome = lora("inspect", path)
+    assert (outcome.exit_code, outcome.err.count("\n")) == (4, 1)
+    assert "CRC-32" in outcome.err
