@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lora.data.rows import Row
     from lora.train.classification_metrics import ClassificationMetrics
     from lora.train.evaluate import CausalMetrics
+    from lora.train.probability_scores import Interval
 
 
 @click.command("eval", short_help="Score a model or an adapter on a data file.")
@@ -34,7 +35,8 @@ def evaluate(
     """Score MODEL_OR_ADAPTER, a folder or a hub id, on every row of --data.
 
     A classifier's scores: accuracy, precision, recall and F1 of each class, the confusion matrix, the
-    calibration error, and what always guessing the most frequent class would score. A language model's: loss,
+    calibration error, log loss and Brier score, Cohen's kappa and MCC, bootstrap intervals, and what guessing
+    would score. A language model's: loss,
     perplexity and token accuracy.
     """
     refuse_apr(model)
@@ -85,18 +87,34 @@ def print_classification(scores: ClassificationMetrics) -> None:
         [(name, *map(str, counts)) for name, counts in rows],
         title="Confusion matrix",
     )
-    majority = scores.majority_baseline
+    majority, chance = scores.majority_baseline, scores.random_baseline
     print_facts(
         {
             "Rows": f"{scores.rows:,}",
-            "Accuracy": f"{scores.accuracy:.4f}",
-            "Macro-F1": f"{scores.macro_f1:.4f}",
+            "Accuracy": f"{scores.accuracy:.4f} {_interval(scores.accuracy_interval)}",
+            "Macro-F1": f"{scores.macro_f1:.4f} {_interval(scores.macro_f1_interval)}",
+            "Top-2 accuracy": f"{scores.top2_accuracy:.4f}",
+            "Cohen's kappa": f"{scores.cohen_kappa:.4f}",
+            "MCC": f"{scores.mcc:.4f}",
+            "Log loss": f"{scores.log_loss:.4f} nats",
+            "Brier score": f"{scores.brier_score:.4f} (sum over classes, 0 to 2)",
             "Calibration error": f"{scores.expected_calibration_error:.4f} (10 bins)",
             "Majority baseline": (
                 f"accuracy {majority.accuracy:.4f}, macro-F1 {majority.macro_f1:.4f} (always {majority.name})"
             ),
+            "Random baseline": (
+                f"accuracy {chance.accuracy:.4f}, macro-F1 {chance.macro_f1:.4f} (by class frequency)"
+            ),
+            "Confused most": ", ".join(
+                f"{c.label} as {c.predicted} ({c.count})" for c in scores.top_confusions
+            )
+            or None,
         }
     )
+
+
+def _interval(interval: Interval) -> str:
+    return f"[{interval.low:.4f}, {interval.high:.4f}] (95 %, bootstrap)"
 
 
 def print_causal(scores: CausalMetrics) -> None:

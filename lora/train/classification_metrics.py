@@ -16,8 +16,18 @@ from typing import Any
 import numpy as np
 
 from lora.errors import ShapeError, ValidationError
+from lora.train.probability_scores import (
+    Interval,
+    bootstrap_interval,
+    brier_score,
+    cohen_kappa,
+    log_loss,
+    matthews_correlation,
+    top_two_accuracy,
+)
 
 CALIBRATION_BINS = 10
+MOST_CONFUSIONS = 5
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,23 @@ class MajorityBaseline:
 
 
 @dataclass(frozen=True)
+class RandomBaseline:
+    """What guessing each class as often as it occurs scores, by the counts that are expected of it."""
+
+    accuracy: float  # Σ_c share_c²
+    macro_f1: float  # precision, recall and F1 of class c are its share
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Rows of one class that were taken for another."""
+
+    label: str
+    predicted: str
+    count: int
+
+
+@dataclass(frozen=True)
 class ClassificationMetrics:
     """A classifier's scores on n rows; every share is in [0, 1]."""
 
@@ -53,6 +80,15 @@ class ClassificationMetrics:
     per_class: tuple[ClassScore, ...]  # in the order of the head's outputs
     confusion_matrix: tuple[tuple[int, ...], ...]  # [C][C] rows by label, columns by prediction
     majority_baseline: MajorityBaseline
+    random_baseline: RandomBaseline
+    top_confusions: tuple[Confusion, ...]  # the 5 most frequent, those that occur
+    cohen_kappa: float  # in [-1, 1]; this and the next four by `lora.train.probability_scores`
+    mcc: float
+    log_loss: float  # in nats
+    brier_score: float  # summed over the classes, in [0, 2]
+    top2_accuracy: float
+    accuracy_interval: Interval  # 95 %, of 1,000 bootstrap samples
+    macro_f1_interval: Interval
 
     def as_dict(self) -> dict[str, Any]:
         """Return the scores as JSON values, under the names of the fields."""
@@ -114,16 +150,23 @@ def metrics_from_probabilities(
     return ClassificationMetrics(
         rows=len(labels),
         accuracy=_accuracy(confusion),
-        macro_f1=_macro(f1, confusion),
+        macro_f1=_macro_f1(confusion),
         expected_calibration_error=_calibration_error(p.max(axis=1), predictions == labels),
         per_class=tuple(
             ClassScore(*values)
             for values in zip(names, *(a.tolist() for a in (precision, recall, f1, supports)), strict=True)
         ),
         confusion_matrix=tuple(map(tuple, confusion.tolist())),
-        majority_baseline=MajorityBaseline(
-            names[majority], _accuracy(guesses), _macro(_scores(guesses)[2], guesses)
-        ),
+        majority_baseline=MajorityBaseline(names[majority], _accuracy(guesses), _macro_f1(guesses)),
+        random_baseline=_random_baseline(supports),
+        top_confusions=_top_confusions(confusion, names),
+        cohen_kappa=cohen_kappa(confusion),
+        mcc=matthews_correlation(confusion),
+        log_loss=log_loss(p, labels),
+        brier_score=brier_score(p, labels),
+        top2_accuracy=top_two_accuracy(p, labels),
+        accuracy_interval=bootstrap_interval(confusion, _accuracy),
+        macro_f1_interval=bootstrap_interval(confusion, _macro_f1),
     )
 
 
@@ -171,10 +214,27 @@ def _accuracy(confusion: np.ndarray) -> float:
     return float(confusion.trace() / confusion.sum())
 
 
-def _macro(scores: np.ndarray, confusion: np.ndarray) -> float:
-    """Return the mean of `scores` [C] over the classes that occur as a label or a prediction."""
+def _macro_f1(confusion: np.ndarray) -> float:
+    """Return the mean F1 over the classes that occur as a label or a prediction."""
     occurs = confusion.sum(axis=0) + confusion.sum(axis=1) > 0
-    return float(scores[occurs].mean())
+    return float(_scores(confusion)[2][occurs].mean())
+
+
+def _random_baseline(supports: np.ndarray) -> RandomBaseline:
+    shares = supports[supports > 0] / supports.sum()
+    return RandomBaseline(float((shares**2).sum()), float(shares.mean()))
+
+
+def _top_confusions(confusion: np.ndarray, names: Sequence[str]) -> tuple[Confusion, ...]:
+    wrong = confusion.copy()
+    np.fill_diagonal(wrong, 0)
+    places = np.argsort(-wrong, axis=None, kind="stable")[:MOST_CONFUSIONS]
+    cells = [divmod(int(place), len(names)) for place in places]
+    return tuple(
+        Confusion(names[label], names[predicted], int(wrong[label, predicted]))
+        for label, predicted in cells
+        if wrong[label, predicted]
+    )
 
 
 def _calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
