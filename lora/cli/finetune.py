@@ -89,6 +89,10 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str) -> str | tu
     help="auto weighs imbalanced classes.",
 )
 @setting(
+    "--oversample/--no-oversample",
+    help="Repeat training rows of rare classes until all classes are equal.",
+)
+@setting(
     "--label-smoothing",
     type=float,
     help="Share of each target spread over all classes; in training alone, so not in the validation loss.",

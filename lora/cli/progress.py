@@ -132,11 +132,12 @@ def _epoch_line(event: EpochDone) -> str:
 
 def _facts(event: Started) -> dict[str, Any]:
     classes, weights = event.class_names, event.class_weights
+    repeats = f" ({event.repeated_rows:,} of them repeats of rare classes)" if event.repeated_rows else ""
     return {
         "Task": event.task,
         "Classes": f"{len(classes)}: {listed(classes)}" if classes else None,
         "Class weights": listed([f"{weight:.3f}" for weight in weights]) if weights else None,
-        "Rows": f"{event.train_rows:,} to train on, {event.validation_rows:,} to validate",
+        "Rows": f"{event.train_rows:,} to train on{repeats}, {event.validation_rows:,} to validate",
         "Method": f"{event.method}, {event.trainable_parameters:,} trainable parameters",
         "Steps": f"{event.total_steps:,}",
         "Output": event.output,

@@ -13,7 +13,8 @@ class Started:
 
     task: str
     method: str
-    train_rows: int
+    train_rows: int  # the repeated ones included
+    repeated_rows: int  # that oversampling added
     validation_rows: int
     truncated_rows: int
     max_seq_len: int

@@ -41,6 +41,7 @@ class FinetuneConfig:
     pooling: Pooling | None = None  # None: mean, or a classification checkpoint's own
     head_bias: bool | None = None  # None: with a bias, or a classification checkpoint's own
     class_weights: ClassWeights = "auto"
+    oversample: bool = False  # repeat training rows of rare classes until all classes are equal
     label_smoothing: float = 0.0  # of the training loss; validation is not smoothed
     save_every: int | None = None  # epochs; None: each of up to 5, else every 5th
     layout: Layout | None = None  # of the adapter's tensor names; None: the base's own

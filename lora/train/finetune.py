@@ -31,6 +31,7 @@ from lora.train.config import FinetuneConfig
 from lora.train.examples import Examples, data_hash, detect_task, read_data, tokenise
 from lora.train.loop import Loop, Progress
 from lora.train.metrics_file import MetricsFile
+from lora.train.oversampling import oversampled
 from lora.train.run import RUN_FILE, Run, write_run_file
 
 PLANNED = (  # the settings that memory depends on
@@ -102,6 +103,8 @@ def prepare(config: FinetuneConfig, model: Model | str | Path, data: Path) -> Pr
             f"{data}: expected a JSON Lines file, found {'a folder' if data.is_dir() else 'nothing'}"
         )
     config = replace(config, task=config.task or detect_task(data))
+    if config.oversample and config.task != "classify":
+        raise UsageError("oversample repeats the rows of rare classes: expected task = 'classify'")
     if config.method == "head" and config.task != "classify":
         raise UsageError("method = 'head' trains a classifier's head alone: expected task = 'classify'")
     rows = read_data(data, str(config.task), num_classes=config.num_classes)
@@ -175,6 +178,9 @@ def _train(model: Model, prepared: Prepared, output: Path, callbacks: list[Callb
     config, examples = prepared.config, prepared.examples
     labels = len(examples) if examples.labels is None else examples.labels
     train_rows, validation_rows = stratified_split(labels, config.val_split, config.seed)
+    once = len(train_rows)
+    if config.oversample:
+        train_rows = train_rows[oversampled(np.asarray(labels)[train_rows], config.seed)]
     train, validation = examples.subset(train_rows), examples.subset(validation_rows)
     weights = _class_weights(config, train, prepared.class_names)
     _make_folder(output)
@@ -190,7 +196,7 @@ def _train(model: Model, prepared: Prepared, output: Path, callbacks: list[Callb
         [*callbacks, metrics],
         save=lambda name: _save(model, config, output / name, facts),
     )
-    started = _started(loop, prepared, output)
+    started = _started(loop, prepared, output, repeated_rows=len(train_rows) - once)
     write_run_file(output, _run_facts(config, prepared, facts))
     for callback in callbacks:
         callback.started(started)
@@ -230,12 +236,13 @@ def _save(model: Model, config: FinetuneConfig, folder: Path, facts: dict[str, A
             model.save(folder)
 
 
-def _started(loop: Loop, prepared: Prepared, output: Path) -> Started:
+def _started(loop: Loop, prepared: Prepared, output: Path, *, repeated_rows: int) -> Started:
     weights = loop.class_weights
     return Started(
         task=str(prepared.config.task),
         method=prepared.config.method,
         train_rows=len(loop.train),
+        repeated_rows=repeated_rows,
         validation_rows=len(loop.validation),
         truncated_rows=prepared.examples.truncated,
         max_seq_len=prepared.config.max_seq_len,

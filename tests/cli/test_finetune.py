@@ -117,15 +117,16 @@ VALUES = {
 
 def test_every_option_reaches_the_run(lora, base, rows, tmp_path) -> None:
     arguments = [argument for option, (value, _) in VALUES.items() for argument in (option, value)]
-    outcome = lora(
-        "finetune", base, "-d", rows, "-o", tmp_path / "run", *arguments, "--no-head-bias", "--no-packing"
-    )
+    switches = ("--no-head-bias", "--no-packing", "--oversample")
+    outcome = lora("finetune", base, "-d", rows, "-o", tmp_path / "run", *arguments, *switches)
     assert outcome.exit_code == 0
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     expected = {option[2:].replace("-", "_"): setting for option, (_, setting) in VALUES.items()}
     assert {name: settings[name] for name in expected} == expected
     assert settings["head_bias"] is settings["packing"] is False
-    unproven = settings.keys() - expected.keys() - {"head_bias", "packing", "model_size", "device"}
+    assert settings["oversample"] is True
+    switched = {"head_bias", "packing", "oversample"}
+    unproven = settings.keys() - expected.keys() - switched - {"model_size", "device"}
     assert not unproven, "a new setting needs a value above"
 
 
@@ -170,7 +171,6 @@ def test_on_a_terminal_a_bar_is_drawn(lora, base, rows, tmp_path, monkeypatch) -
     ("arguments", "named"),
     [
         (["--method", "qlora"], "qlora"),
-        (["--task", "instruct"], "instruct"),
         (["base.apr"], "base.apr"),
         (["base", "-o", "adapter.apr"], "adapter.apr"),
     ],
