@@ -55,9 +55,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     base = write_model(tmp_path / "base")
     batches = [(np.array([[1, 2, 3], [4, 5, 6]]), np.array([0, 4]))]
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", lora.LoraWarning
-        )  # Transformers would pool the last token
+        warnings.simplefilter("ignore", lora.LoraWarning)  # Transformers would pool the last token
         exec(code.replace(HUB_ID, "base"), {"base": base, "batches": batches})
     assert lora.load("merged").head.class_names == tuple("01234")
 
