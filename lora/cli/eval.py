@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora.cli.options import base_option, dtype_option, length_option, output_options
-from lora.cli.output import note_truncated, print_facts, print_json, print_table
+from lora.cli.output import note, note_truncated, print_facts, print_json, print_table
 from lora.cli.unbuilt import refuse_apr
 from lora.errors import DataError
 
@@ -22,15 +22,27 @@ if TYPE_CHECKING:
 @click.command("eval", short_help="Score a model or an adapter on a data file.")
 @click.argument("model", metavar="MODEL_OR_ADAPTER")
 @click.option(
-    "--data", "-d", required=True, metavar="FILE", help='JSON Lines: {"input", "label"} or {"text"}.'
+    "--data",
+    "-d",
+    required=True,
+    metavar="FILE",
+    help='JSON Lines: {"input", "label"}, {"text"}, {"messages"} ...',
 )
 @length_option
 @click.option("--batch-size", type=click.IntRange(1), default=32, help="Rows that are run together.")
+@click.option("--generate-card", is_flag=True, help="Write README.md, a model card, beside the adapter.")
 @base_option
 @dtype_option
 @output_options
 def evaluate(
-    model: str, data: str, max_seq_len: int, batch_size: int, base: str | None, dtype: str, as_json: bool
+    model: str,
+    data: str,
+    max_seq_len: int,
+    batch_size: int,
+    generate_card: bool,
+    base: str | None,
+    dtype: str,
+    as_json: bool,
 ) -> None:
     """Score MODEL_OR_ADAPTER, a folder or a hub id, on every row of --data.
 
@@ -46,14 +58,19 @@ def evaluate(
     from lora.train.classification_metrics import ClassificationMetrics
     from lora.train.evaluate import evaluate as scores_of
     from lora.train.evaluate import read_examples_for
+    from lora.train.model_card import check_is_adapter, write_model_card
 
     require_path(model)
+    if generate_card:
+        check_is_adapter(Path(model))
     rows = read_jsonl(data)  # before a weight is read; which labels they may have, only the model says
     loaded = load(model, base=base, dtype=dtype)
     _check_fields(rows[0], loaded.is_classifier, model)
     examples = read_examples_for(loaded, Path(data), max_seq_len)
     note_truncated(examples.truncated, max_seq_len)
     scores = scores_of(loaded, examples, batch_size=batch_size)
+    if generate_card:
+        note(f"model card: {write_model_card(Path(model), loaded, scores.as_dict(), Path(data))}")
     if as_json:
         task = "classify" if isinstance(scores, ClassificationMetrics) else "causal"
         about = {"status": "evaluated", "task": task, "model": model, "data": data}
@@ -65,9 +82,18 @@ def evaluate(
 
 
 def _check_fields(row: Row, is_classifier: bool, model: str) -> None:
-    kind, needed = ("classifier", ("input", "label")) if is_classifier else ("language model", ("text",))
-    if not row.fields.keys() >= set(needed):
-        found, expected = ", ".join(row.fields) or "none", " and ".join(needed)
+    from lora.train.examples import TASKS_BY_FIELD
+
+    if is_classifier:
+        kind, expected, fits = "classifier", "input and label", row.fields.keys() >= {"input", "label"}
+    else:
+        kind, expected = (
+            "language model",
+            "text, messages, instruction and response, or prompt and completion",
+        )
+        fits = any(TASKS_BY_FIELD.get(name) in ("causal", "instruct") for name in row.fields)
+    if not fits:
+        found = ", ".join(row.fields) or "none"
         raise DataError(f"{model} is a {kind}: expected rows with {expected}; line {row.line} has {found}")
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+import shutil
+from pathlib import Path
 
+import pytest
+import yaml
+
+from lora.io.lora_config import LoraConfig
 from lora.model.loading import load
 from lora.train.evaluate import evaluate, read_examples_for
+from lora.train.model_card import model_card
 from tests.cli.conftest import LABELLED
 from tests.data.files import write_jsonl
 
@@ -109,3 +116,50 @@ def test_checks_come_in_order(lora, own_base, tmp_path) -> None:
     assert lora("eval", own_base, "-d", data).exit_code == 4
     assert lora("eval", "model.apr", "-d", data).exit_code == 5
     assert lora("eval", own_base, "-d", data, "--batch-size", "0").exit_code == 2
+
+
+def test_a_model_card_is_written_beside_the_adapter(lora, adapter, rows, tmp_path) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    outcome = lora("eval", folder, "-d", rows, "--generate-card", "--json")
+    assert outcome.err == f"note: model card: {folder / 'README.md'}\n"
+    card = (folder / "README.md").read_text()
+    _, front, body = card.split("---\n", 2)
+    # the base is a folder, which is no link of the Hub's
+    assert yaml.safe_load(front) == {
+        "library_name": "peft",
+        "pipeline_tag": "text-classification",
+        "tags": ["lora", "qwen2"],
+    }
+    facts = json.loads((folder / "lora_metadata.json").read_text())
+    for said in (
+        f'| data_hash | "{facts["data_hash"]}" |',
+        '```json\n["bad", "good"]\n```',
+        "## Evaluation on rows.jsonl",
+        f"| accuracy | {outcome.document['accuracy']:.6g} |",
+        f"| mcc | {outcome.document['mcc']:.6g} |",
+        f"AutoModelForSequenceClassification.from_pretrained({json.dumps(facts['base'])}, num_labels=2)",
+    ):
+        assert said in body
+    assert lora("eval", folder, "-d", rows).exit_code == 0
+
+
+def test_a_base_of_the_hub_is_linked_and_a_difference_said(base, texts) -> None:
+    model = load(base)
+    model.base_name = "Qwen/Qwen2.5-0.5B"
+    config = LoraConfig(r=4, target_modules="qv")
+    card = model_card(model, config, {}, {"loss": 1.5}, "texts.jsonl")
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["base_model"], front["pipeline_tag"]) == ("Qwen/Qwen2.5-0.5B", "text-generation")
+    assert "AutoModelForCausalLM.from_pretrained" in card
+    assert "Note:" not in card
+    model = load(base, num_labels=2)
+    note = model.transformers_note()
+    assert note is not None
+    assert f"Note: {note}" in model_card(model, config, {"class_names": ["a", "b"]}, {}, "rows.jsonl")
+
+
+def test_a_card_needs_an_adapter(lora, own_base, texts) -> None:
+    outcome = lora("eval", own_base, "-d", texts, "--generate-card")
+    assert outcome.exit_code == 2
+    assert "adapter_config.json" in outcome.err
+    assert not (own_base / "README.md").exists()
