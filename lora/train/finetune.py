@@ -76,7 +76,8 @@ def finetune(
         data: JSON Lines: {"input", "label"} to classify, {"text"} for a causal model.
         task: "classify" or "causal"; None for what the first row's fields say.
         output: a folder; `best/`, `epoch-N/`, `metrics.jsonl` and `run.json` are written into it.
-        callbacks: told of every step and epoch.
+        callbacks: told, in this order, of the start, of every step and of every epoch; an error that one
+            raises ends the run and is passed on as it is.
         **settings: fields of `FinetuneConfig`.
 
     Returns:
