@@ -13,4 +13,6 @@ def refuse_apr(*paths: str | None) -> None:
     """
     for path in paths:
         if path is not None and path.lower().endswith(".apr"):
-            raise UnsupportedError(f"{path}: .apr files are not built in this version; name a folder instead")
+            raise UnsupportedError(
+                f"{path}: .apr files are read here by `lora convert` alone; name a folder instead"
+            )

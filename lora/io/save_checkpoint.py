@@ -67,7 +67,7 @@ def save_checkpoint(
         tensors |= source.skipped
     with replace_folder(folder, owns=_OWNED) as new:
         _write_json(new / CONFIG, config)
-        _write_shards(new, tensors, shard_bytes)
+        write_shards(new, tensors, shard_bytes)
         if source is not None:
             copy_companions(source.folder, new)
         for name, text in (texts or {}).items():
@@ -89,7 +89,8 @@ def _as_stored(tensor: Tensor, dtype: Any) -> Tensor:
     return Deferred(tuple(tensor.shape), np.dtype(dtype), make)
 
 
-def _write_shards(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
+def write_shards(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write `tensors`, by stored name, in one file, or in several and their index above `shard_bytes`."""
     shards = _shards(tensors, shard_bytes)
     if len(shards) == 1:
         write_tensors(folder / SINGLE, tensors, _METADATA)
