@@ -40,10 +40,15 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str) -> str | tu
 
 @click.command(short_help="Train an adapter on your rows, or plan it with --plan.")
 @click.argument("model", required=False)
-@click.option("--data", "-d", metavar="FILE", help='JSON Lines: {"input", "label"} or {"text"} in each row.')
+@click.option(
+    "--data", "-d", metavar="FILE", help='JSON Lines: {"input", "label"}, {"text"}, {"messages"} ...'
+)
 @click.option("--output", "-o", metavar="DIR", default=OUTPUT, help="Where the run is written.")
 @setting(
-    "--task", metavar="[classify|causal]", default="what the first row's fields say", help="What to train."
+    "--task",
+    metavar="[classify|causal|instruct]",
+    default="what the first row's fields say",
+    help="What to train.",
 )
 @setting(
     "--method",

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from lora.cli.options import output_options
+from lora.cli.learned import print_learned
+from lora.cli.options import length_option, output_options
 from lora.cli.output import LISTED, listed, one_line, print_facts, print_json
-from lora.errors import MissingFileError
+from lora.errors import MissingFileError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -18,9 +20,22 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Say what a checkpoint, an adapter or a data file holds.")
 @click.argument("path")
+@click.option("--model", metavar="MODEL", help="Show rows of a data file as this model would learn them.")
+@click.option("--rows", "-n", type=click.IntRange(1), default=3, help="How many rows --model shows.")
+@length_option
 @output_options
-def inspect(path: str, as_json: bool) -> None:
-    """Say what PATH is and holds: a checkpoint, an adapter, a run, a safetensors or .apr file, or data."""
+def inspect(path: str, model: str | None, rows: int, max_seq_len: int, as_json: bool) -> None:
+    """Say what PATH is and holds: a checkpoint, an adapter, a run, a safetensors or .apr file, or data.
+
+    With --model, rows of a data file of texts or instructions are shown as that model would learn them: what
+    is learned stands between 【 and 】.
+    """
+    if model is not None:
+        print_learned(Path(path), model, rows, max_seq_len, as_json=as_json)
+        return
+    source = click.get_current_context().get_parameter_source
+    if ParameterSource.COMMANDLINE in (source("rows"), source("max_seq_len")):
+        raise UsageError("--rows and --max-seq-len belong to --model")
     found = _describe(Path(path))
     if as_json:
         print_json({"status": "inspected", "path": path, **found})

@@ -100,6 +100,26 @@ class Tokenizer:
         _refuse_empty(empty, lines)
         return Encoded(ids, truncated)
 
+    def encode_with_offsets(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """Yield (ids, offsets) of every text: the characters [start, end) that each token stands for."""
+        for start in range(0, len(texts), TEXTS_AT_A_TIME):
+            batch = list(texts[start : start + TEXTS_AT_A_TIME])
+            for encoding in self._backend.encode_batch(batch, add_special_tokens=False):
+                yield encoding.ids, encoding.offsets
+
+    @property
+    def eos_token(self) -> str:
+        """How EOS is spelled.
+
+        Raises:
+            LoadError: the checkpoint names none.
+        """
+        return str(self._backend.id_to_token(self._known_eos()))
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token by its spelling, None where the vocabulary lacks it."""
+        return self._backend.token_to_id(token)
+
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids` [T]."""
         return self._backend.decode(np.asarray(ids).tolist(), skip_special_tokens=skip_special_tokens)
@@ -128,7 +148,7 @@ def _refuse_empty(positions: list[int], lines: Sequence[int] | None) -> None:
 
 
 def _eos_id(folder: Path, backend: tokenizers.Tokenizer) -> int | None:
-    token = _read_object(folder / "tokenizer_config.json").get("eos_token")
+    token = read_object(folder / "tokenizer_config.json").get("eos_token")
     if isinstance(token, dict):  # written by Transformers as an AddedToken
         token = token.get("content")
     if token is not None:
@@ -138,12 +158,12 @@ def _eos_id(folder: Path, backend: tokenizers.Tokenizer) -> int | None:
                 f"{folder}/tokenizer_config.json: eos_token {token!r} is not in tokenizer.json"
             )
         return found
-    config = _read_object(folder / "config.json")
+    config = read_object(folder / "config.json")
     ids = config.get("text_config", config).get("eos_token_id", config.get("eos_token_id"))
     return ids[0] if isinstance(ids, list) else ids
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in the file at `path`, empty where there is no file."""
     if not path.is_file():
         return {}

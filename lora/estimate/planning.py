@@ -16,7 +16,7 @@ from lora.spec import ModelSpec, parameter_count, read_spec, size_spec
 
 GB = 10**9
 USABLE_SHARE = 0.85  # of a budget: the rest is for the system, other libraries and fragmentation
-NOT_BUILT: Mapping[str, tuple[str, ...]] = {"method": ("qlora",), "task": ("instruct",)}
+NOT_BUILT: Mapping[str, tuple[str, ...]] = {"method": ("qlora",)}
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ class Settings:
     def _rules(self) -> list[tuple[str, bool, str]]:
         counts = ("batch_size", "max_seq_len", "grad_accum", "epochs")
         return [
-            ("task", self.task in get_args(Task), "classify or causal"),
+            ("task", self.task in get_args(Task), "classify, causal or instruct"),
             ("method", self.method in ("auto", *get_args(Method)), "auto, full, lora or head"),
             (
                 "method",
-                (self.method, self.task) != ("head", "causal"),
-                "another one: task 'causal' has no head of its own",
+                self.method != "head" or self.task == "classify",
+                f"another one: task {self.task!r} has no head of its own",
             ),
             ("num_classes", self.num_classes >= 2, "2 or more"),
             ("device", self.device in get_args(Device), "cpu or cuda"),

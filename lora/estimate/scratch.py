@@ -120,7 +120,7 @@ def _unrecorded(workload: Workload, kind: str, tokens: int, longest: int) -> int
 
 def _embedding_gradient(workload: Workload, tokens: int) -> int:
     """Return what the two parts of a tied embedding's gradient take beside its place among the gradients."""
-    if workload.method != "full" or not workload.spec.tie_word_embeddings or workload.task != "causal":
+    if workload.method != "full" or not workload.spec.tie_word_embeddings or workload.task == "classify":
         return 0
     # all blocks' records are gone by now; what the two ends of the decoder hold for each token is not
     rows = 2 * workload.spec.vocab_size + 6 * tokens
@@ -133,7 +133,7 @@ def widening_bytes(workload: Workload) -> int:
     if stored == workload.wide_bytes:
         return 0
     largest = max(rows * columns for rows, columns in workload.modules.values())
-    if workload.task == "causal":
+    if workload.task != "classify":
         largest = max(largest, workload.spec.vocab_size * workload.spec.hidden_size)
     return min(WIDENED_BYTES, largest * workload.wide_bytes)
 
@@ -152,6 +152,6 @@ def logits_bytes(workload: Workload, tokens: int, longest: int) -> int:
 def head_gradient_bytes(workload: Workload) -> int:
     """Return the bytes of the gradient of the head, which exists before that of any block."""
     trained = workload.head_parameters
-    if workload.method == "full" and workload.task == "causal":
+    if workload.method == "full" and workload.task != "classify":
         trained = workload.spec.vocab_size * workload.spec.hidden_size
     return trained * workload.wide_bytes

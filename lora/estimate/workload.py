@@ -13,7 +13,7 @@ from lora.io.lora_config import LoraConfig
 from lora.io.targets import FactorSizes, match_targets
 from lora.spec import ModelSpec, adaptable_modules, tensor_shapes
 
-Task = Literal["classify", "causal"]
+Task = Literal["classify", "causal", "instruct"]
 Method = Literal["full", "lora", "head"]
 Device = Literal["cpu", "cuda"]
 
@@ -59,7 +59,7 @@ class Workload:
     @property
     def head_parameters(self) -> int:
         """Parameters of a classifier's head; a language model's belongs to the base."""
-        if self.task == "causal":
+        if self.task != "classify":
             return 0
         return self.num_classes * (self.spec.hidden_size + self.head_bias)
 
@@ -99,4 +99,4 @@ class Workload:
         return self.base_parameters * width
 
     def _takes_part(self, name: str) -> bool:
-        return self.task == "causal" or name != "lm_head.weight"
+        return self.task != "classify" or name != "lm_head.weight"

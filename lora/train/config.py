@@ -8,12 +8,12 @@ from typing import Any, Literal, get_args
 from lora.errors import UnsupportedError, UsageError
 from lora.io.lora_config import LoraConfig
 
-Task = Literal["classify", "causal"]
+Task = Literal["classify", "causal", "instruct"]
 Method = Literal["auto", "full", "lora", "head"]
 Pooling = Literal["mean", "last"]
 Layout = Literal["text", "multimodal"]
 ClassWeights = Literal["auto", "uniform", "sqrt_inverse", "inverse_freq"]
-NOT_BUILT = {"method": ("qlora",), "task": ("instruct",)}
+NOT_BUILT = {"method": ("qlora",)}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class FinetuneConfig:
 
     def _rules(self) -> list[tuple[str, bool, str]]:
         return [
-            ("task", self.task in (None, *get_args(Task)), "classify or causal"),
+            ("task", self.task in (None, *get_args(Task)), "classify, causal or instruct"),
             ("method", self.method in get_args(Method), "auto, full, lora or head"),
             ("rank", _whole(self.rank, 1), "a whole number of 1 or more"),
             ("alpha", self.alpha is None or self.alpha > 0, "more than 0"),

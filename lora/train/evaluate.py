@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from lora.backend import to_host
+from lora.data.chat_template import ChatTemplate
 from lora.data.packed import pack, split
 from lora.data.tokenizer import Tokenizer
 from lora.errors import DataError, ValidationError
 from lora.model.head import ClassifierHead
 from lora.model.model import Model
 from lora.train.classification_metrics import ClassificationMetrics, metrics_from_probabilities, softmax
-from lora.train.examples import Examples, read_data, tokenise
+from lora.train.examples import Examples, detect_task, read_data, tokenise
 from lora.train.loop import evaluate_loss
 
 TOKENS_AT_ONCE = 4096  # without a backward pass, only one block's activations live at a time
@@ -28,7 +29,7 @@ class CausalMetrics:
     """A language model's scores on the rows of a file."""
 
     rows: int
-    tokens: int  # that were predicted: all but the first of each row
+    tokens: int  # that were predicted: all but the first of each row, or those that an instruction teaches
     loss: float  # per token, in nats
     perplexity: float  # exp(loss)
     token_accuracy: float  # share of tokens that were the most likely one
@@ -39,15 +40,19 @@ class CausalMetrics:
 
 
 def read_examples_for(model: Model, path: Path, max_seq_len: int) -> Examples:
-    """Read a file as `model` needs it: a classifier's labels by its own class names, a causal model's texts.
+    """Read a file as `model` needs it: a classifier's labels by its own class names, else texts or dialogues.
 
     Raises:
         MissingFileError: there is no such file.
         DataError: rows are bad, or hold a class that the model does not know.
     """
     names = model.head.class_names if isinstance(model.head, ClassifierHead) else None
-    data = read_data(path, "causal" if names is None else "classify", class_names=names)
-    return tokenise(data, Tokenizer.load(model.checkpoint.folder), max_seq_len)
+    folder = model.checkpoint.folder
+    task = detect_task(path) if names is None else "classify"
+    data = read_data(
+        path, "instruct" if task == "instruct" else "causal" if names is None else task, class_names=names
+    )
+    return tokenise(data, Tokenizer.load(folder), max_seq_len, template=ChatTemplate.load(folder))
 
 
 def evaluate(
@@ -80,8 +85,7 @@ def evaluate_classifier(model: Model, examples: Examples, *, batch_size: int = 3
 def evaluate_causal(model: Model, examples: Examples, *, batch_size: int = 32) -> CausalMetrics:
     """Return the scores of a language model on texts; arguments as in `evaluate_classifier`."""
     loss, accuracy = evaluate_loss(model, examples, batch_size, TOKENS_AT_ONCE)
-    tokens = examples.tokens - len(examples)
-    return CausalMetrics(len(examples), tokens, loss, _exp(loss), accuracy)
+    return CausalMetrics(len(examples), examples.predicted, loss, _exp(loss), accuracy)
 
 
 def class_probabilities(model: Model, sequences: Sequence[np.ndarray], *, batch_size: int = 32) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -10,13 +11,23 @@ from pathlib import Path
 import numpy as np
 
 from lora.data.causal import CausalData, read_texts
+from lora.data.chat_template import CHATML, ChatTemplate
 from lora.data.classify import ClassifyData, read_examples
-from lora.data.packed import Packed, pack, pack_causal
-from lora.data.rows import scan_jsonl
+from lora.data.instruct import InstructData, read_instructions
+from lora.data.packed import IGNORED, Packed, pack, pack_causal
+from lora.data.rows import SHOWN, scan_jsonl
+from lora.data.supervision import supervise, token_labels
 from lora.data.tokenizer import Tokenizer
 from lora.errors import DataError
 
-TASKS_BY_FIELD = {"label": "classify", "text": "causal"}
+TASKS_BY_FIELD = {
+    "label": "classify",
+    "text": "causal",
+    "messages": "instruct",
+    "instruction": "instruct",
+    "completion": "instruct",
+}
+Data = ClassifyData | CausalData | InstructData
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,8 @@ class Examples:
     sequences: tuple[np.ndarray, ...]  # each [T] int64
     labels: np.ndarray | None  # [n] int64
     truncated: int  # rows that lost their tail
+    # of an instruction's tokens, each [T] int64: the id where it is learned, else -100
+    token_labels: tuple[np.ndarray, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -40,9 +53,18 @@ class Examples:
         """Tokens of each row, [n] int64."""
         return np.array([len(sequence) for sequence in self.sequences], np.int64)
 
+    @property
+    def predicted(self) -> int:
+        """Tokens of all rows that a language model is scored on: each after the first, or those learned."""
+        if self.token_labels is None:
+            return self.tokens - len(self)
+        return sum(int((labels[1:] != IGNORED).sum()) for labels in self.token_labels)
+
     def batch(self, rows: Sequence[int] | np.ndarray) -> Packed:
         """Return the rows of these indices as one packed batch."""
         sequences = [self.sequences[row] for row in rows]
+        if self.token_labels is not None:
+            return pack_causal(sequences, [self.token_labels[row] for row in rows])
         if self.labels is None:
             return pack_causal(sequences)
         return pack(sequences, self.labels[np.asarray(rows)])
@@ -50,7 +72,13 @@ class Examples:
     def subset(self, rows: np.ndarray) -> Examples:
         """Return the rows of these indices as examples of their own."""
         labels = None if self.labels is None else self.labels[rows]
-        return Examples(tuple(self.sequences[row] for row in rows), labels, self.truncated)
+        of_tokens = self.token_labels
+        return Examples(
+            tuple(self.sequences[row] for row in rows),
+            labels,
+            self.truncated,
+            None if of_tokens is None else tuple(of_tokens[row] for row in rows),
+        )
 
 
 def detect_task(path: Path) -> str:
@@ -70,25 +98,37 @@ def detect_task(path: Path) -> str:
             return task
     raise DataError(
         f"{path}: cannot tell the task from the fields {sorted(fields)}: expected input and label "
-        "(classify), or text (causal)"
+        "(classify), text (causal), or messages, instruction and response, or prompt and completion "
+        "(instruct)"
     )
 
 
 def read_data(
     path: Path, task: str, *, class_names: Sequence[str] | None = None, num_classes: int | None = None
-) -> ClassifyData | CausalData:
+) -> Data:
     """Read every row of `path`; see `lora.data` for what is refused."""
     if task == "classify":
         return read_examples(path, class_names=class_names, num_classes=num_classes)
-    return read_texts(path)
+    return read_instructions(path) if task == "instruct" else read_texts(path)
 
 
-def tokenise(data: ClassifyData | CausalData, tokenizer: Tokenizer, max_seq_len: int) -> Examples:
+def tokenise(
+    data: Data, tokenizer: Tokenizer, max_seq_len: int, *, template: ChatTemplate | None = None
+) -> Examples:
     """Return the rows as token ids, at most `max_seq_len` each; a causal row ends with one EOS.
+
+    Args:
+        data: from `read_data`.
+        tokenizer: of the checkpoint.
+        max_seq_len: tokens that a row keeps, from its beginning.
+        template: the checkpoint's own, for instructions; without one, ChatML.
 
     Raises:
         DataError: a row holds no token, or a causal row only one: there is nothing to predict.
+            Or an instruction's row that the template fails on, or of which nothing learned is left.
     """
+    if isinstance(data, InstructData):
+        return _tokenise_instructions(data, tokenizer, max_seq_len, template or ChatTemplate(CHATML))
     causal = isinstance(data, CausalData)
     encoded = tokenizer.encode(data.texts, max_seq_len, append_eos=causal, lines=data.lines)
     short = [line for line, ids in zip(data.lines, encoded.ids, strict=True) if causal and len(ids) < 2]
@@ -98,10 +138,41 @@ def tokenise(data: ClassifyData | CausalData, tokenizer: Tokenizer, max_seq_len:
     return Examples(tuple(encoded.ids), labels, encoded.truncated)
 
 
-def data_hash(data: ClassifyData | CausalData) -> str:
+def _tokenise_instructions(
+    data: InstructData, tokenizer: Tokenizer, max_seq_len: int, template: ChatTemplate
+) -> Examples:
+    rows, problems = [], []
+    for dialogue, line in zip(data.dialogues, data.lines, strict=True):
+        try:
+            rows.append(supervise(dialogue, template, tokenizer.eos_token))
+        except DataError as error:
+            problems.append(f"line {line}: {error}")
+    if problems:
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise DataError("\n  ".join([*problems[:SHOWN], *more]))
+    sequences, labels, truncated = [], [], 0
+    for row, (ids, offsets) in zip(
+        rows, tokenizer.encode_with_offsets([row.text for row in rows]), strict=True
+    ):
+        sequences.append(np.array(ids[:max_seq_len], np.int64))
+        labels.append(token_labels(ids, offsets, row.spans)[:max_seq_len])
+        truncated += len(ids) > max_seq_len
+    # the first token has nothing before it, so it is predicted by nothing
+    unlearned = [line for line, row in zip(data.lines, labels, strict=True) if not (row[1:] != IGNORED).any()]
+    if unlearned:
+        raise DataError(
+            f"{len(unlearned)} rows have nothing to learn within {max_seq_len} tokens (raise max_seq_len?): "
+            f"lines {unlearned[:SHOWN]}"
+        )
+    return Examples(tuple(sequences), None, truncated, tuple(labels))
+
+
+def data_hash(data: Data) -> str:
     """Return a SHA-256 over the rows in the order of their text: shuffling a file does not change it."""
     if isinstance(data, CausalData):
         rows = sorted(text.encode() for text in data.texts)
+    elif isinstance(data, InstructData):
+        rows = sorted(json.dumps(dialogue, sort_keys=True).encode() for dialogue in data.dialogues)
     else:
         names = data.class_names
         rows = sorted(

@@ -13,7 +13,7 @@ import numpy as np
 
 from lora.backend import Array, blas_facts
 from lora.contracts import family_contract
-from lora.data.causal import CausalData
+from lora.data.chat_template import ChatTemplate
 from lora.data.classify import ClassifyData
 from lora.data.split import stratified_split
 from lora.data.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ from lora.spec import ModelSpec, check_named_size, read_spec
 from lora.train.callbacks import Callback, Started
 from lora.train.class_weights import class_weights
 from lora.train.config import FinetuneConfig
-from lora.train.examples import Examples, data_hash, detect_task, read_data, tokenise
+from lora.train.examples import Data, Examples, data_hash, detect_task, read_data, tokenise
 from lora.train.loop import Loop, Progress
 from lora.train.metrics_file import MetricsFile
 from lora.train.oversampling import oversampled
@@ -55,7 +55,7 @@ class Prepared:
     config: FinetuneConfig  # task and method decided
     base: str  # what the adapter will call it
     plan: Plan
-    data: ClassifyData | CausalData
+    data: Data
     examples: Examples
     class_names: tuple[str, ...]
 
@@ -73,8 +73,9 @@ def finetune(
 
     Args:
         model: a checkpoint's folder, a hub id, or a model from `lora.load`.
-        data: JSON Lines: {"input", "label"} to classify, {"text"} for a causal model.
-        task: "classify" or "causal"; None for what the first row's fields say.
+        data: JSON Lines: {"input", "label"} to classify, {"text"} for a causal model; {"messages"},
+            {"instruction", "response"} or {"prompt", "completion"} to instruct.
+        task: "classify", "causal" or "instruct"; None for what the first row's fields say.
         output: a folder; `best/`, `epoch-N/`, `metrics.jsonl` and `run.json` are written into it.
         callbacks: told, in this order, of the start, of every step and of every epoch; an error that one
             raises ends the run and is passed on as it is.
@@ -113,7 +114,8 @@ def prepare(config: FinetuneConfig, model: Model | str | Path, data: Path) -> Pr
     spec = read_spec(read_config(folder))
     if config.model_size is not None:
         check_named_size(spec, config.model_size)
-    examples = tokenise(rows, Tokenizer.load(folder), config.max_seq_len)
+    template = ChatTemplate.load(folder) if config.task == "instruct" else None
+    examples = tokenise(rows, Tokenizer.load(folder), config.max_seq_len, template=template)
     class_names = rows.class_names if isinstance(rows, ClassifyData) else ()
     planned = _planned(config, spec, class_names)
     config = replace(config, method=planned.workload.method)

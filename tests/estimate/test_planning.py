@@ -189,7 +189,7 @@ def test_everything_wrong_is_named_at_once() -> None:
     ("model", "settings", "error", "message"),
     [
         ("0.5b", {"method": "qlora"}, UnsupportedError, "method 'qlora' is not built"),
-        ("0.5b", {"task": "instruct"}, UnsupportedError, "task 'instruct' is not built"),
+        ("0.5b", {"method": "head", "task": "instruct"}, UsageError, "no head of its own"),
         ("0.5b", {"method": "head", "task": "causal"}, UsageError, "no head of its own"),
         ("0.5b", {"speed": 2}, UsageError, "unknown settings speed; known: task, method"),
         ("0.5b", {"method": "lora", "targets": "q_prj"}, AdapterError, "q_prj"),

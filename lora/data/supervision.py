@@ -1,0 +1,95 @@
+"""Which characters of a rendered row, and so which tokens, are learned: by position, never by token id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora.data.chat_template import ChatTemplate
+from lora.data.instruct import Dialogue
+from lora.data.packed import IGNORED
+from lora.errors import DataError
+
+Span = tuple[int, int]  # characters [start, end)
+
+
+class Supervised(NamedTuple):
+    """One row's text, and the parts of it that are learned."""
+
+    text: str
+    spans: tuple[Span, ...]
+
+
+def supervise(dialogue: Dialogue, template: ChatTemplate, eos: str) -> Supervised:
+    """Return the row's text with the spans of its assistant's turns, or of its completion and EOS.
+
+    A turn's span begins after what the template writes to prompt it, and ends with what the template writes
+    to end it: the end-of-turn token is learned, the white space after it is not.
+
+    Raises:
+        DataError: the template fails, or rewrites earlier turns so that a turn cannot be found.
+    """
+    if not dialogue.messages:
+        start = len(dialogue.prompt)
+        ending = "" if dialogue.completion.endswith(eos) else eos
+        text = dialogue.prompt + dialogue.completion + ending
+        return Supervised(text, ((start, len(text)),))
+    text = template.render(dialogue.messages, dialogue.tools)
+    turns = (i for i, message in enumerate(dialogue.messages) if message["role"] == "assistant")
+    return Supervised(text, tuple(_span(dialogue, template, text, turn) for turn in turns))
+
+
+def _span(dialogue: Dialogue, template: ChatTemplate, text: str, turn: int) -> Span:
+    messages, tools = dialogue.messages, dialogue.tools
+    followed = any(message["role"] == "user" for message in messages[turn + 1 :])
+    before = _rendered(messages[:turn], tools, template, followed=followed)
+    through = _rendered(messages[: turn + 1], tools, template, followed=followed).rstrip()
+    header = template.render(messages[:turn], tools, add_generation_prompt=True)[
+        len(template.render(messages[:turn], tools)) :
+    ]
+    written = through[len(before) :]
+    start = len(before) + len(header)
+    if not written.startswith(header):
+        # the prompt may open a thinking block that this turn does not have: keep the whole lines they share
+        start = len(before) + written.rfind("\n", 0, _shared(written, header)) + 1
+    if not (header and text.startswith(through) and through.startswith(before)):
+        raise DataError(
+            f"the chat template writes message {turn + 1} otherwise once later messages follow, so what is "
+            "to be learned cannot be found: give one row for each turn"
+        )
+    if not len(before) < start < len(through):
+        raise DataError(f"the chat template writes nothing to learn for message {turn + 1}")
+    return start, len(through)
+
+
+def _rendered(
+    messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None, template: ChatTemplate, *, followed: bool
+) -> str:
+    """Return the text of `messages` as it stands where a user's message follows, or where none does.
+
+    A template may leave the thinking out of turns that a user has answered, so a beginning of the
+    conversation is rendered with such an answer behind it, which is cut off again.
+    """
+    if not followed:
+        return template.render(messages, tools)
+    answer = {"role": "user", "content": "answer"}
+    alone = template.render([answer], tools)
+    tail = template.render([answer, answer], tools)[len(alone) :]
+    return template.render([*messages, answer], tools).removesuffix(tail)
+
+
+def _shared(a: str, b: str) -> int:
+    """Return how many characters the beginnings of `a` and `b` share."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+
+
+def token_labels(ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
+    """Return the label of each token, [T] int64: its id where it begins in a span, else -100."""
+    starts = np.array([start for start, _ in offsets], np.int64)
+    learned = np.zeros(len(starts), bool)
+    for start, end in spans:
+        learned |= (starts >= start) & (starts < end)
+    return np.where(learned, np.asarray(ids, np.int64), IGNORED)

@@ -1,0 +1,87 @@
+"""Instructions from the command line: trained, shown with what is learned of them, and refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.data.files import write_jsonl
+
+ROWS = [{"instruction": f"say {i}", "response": f"it is {i}"} for i in range(8)]
+QUICK = ("--epochs", "1", "--batch-size", "4")
+
+
+@pytest.fixture
+def dialogues(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "dialogues.jsonl", ROWS)
+
+
+def test_a_run_is_told_by_its_rows_trained_and_scored(lora, base, dialogues, tmp_path) -> None:
+    run = lora("finetune", base, "-d", dialogues, "-o", tmp_path / "run", *QUICK, "--json").document
+    assert run["task"] == "instruct"
+    scores = lora("eval", run["best_checkpoint"], "-d", dialogues, "--json").document
+    # "it is 0" and "<|im_end|>", which the byte-level vocabulary spells out
+    assert scores["tokens"] == 8 * (len("it is 0") + len("<|im_end|>"))
+
+
+def test_what_is_learned_is_shown(lora, base, dialogues) -> None:
+    outcome = lora("inspect", dialogues, "--model", base, "-n", "2")
+    assert outcome.out.splitlines() == [
+        "line 1: 17 of 73 tokens are learned",
+        "<|im_start|>user",
+        "say 0<|im_end|>",
+        "<|im_start|>assistant",
+        "【it is 0<|im_end|>】",
+        "",
+        "line 2: 17 of 73 tokens are learned",
+        "<|im_start|>user",
+        "say 1<|im_end|>",
+        "<|im_start|>assistant",
+        "【it is 1<|im_end|>】",
+        "",
+    ]
+    [row] = lora("inspect", dialogues, "--model", base, "-n", "1", "--json").document["rows"]
+    assert row["line"] == 1
+    assert len(row["labels"]) == len(row["input_ids"])
+    assert [i for i, label in enumerate(row["labels"]) if label != -100] == list(range(55, 72))
+
+
+def test_a_row_with_nothing_left_to_learn_is_refused(lora, base, dialogues, tmp_path) -> None:
+    outcome = lora("finetune", base, "-d", dialogues, "-o", tmp_path / "run", "--max-seq-len", "20")
+    assert outcome.exit_code == 5
+    assert "8 rows have nothing to learn within 20 tokens" in outcome.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_checkpoint_s_own_template_is_used(lora, own_base, dialogues) -> None:
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }};{% endfor %}"
+    prompt = "{% if add_generation_prompt %}[assistant] {% endif %}"
+    (own_base / "chat_template.jinja").write_text(template + prompt)
+    outcome = lora("inspect", dialogues, "--model", own_base, "-n", "1")
+    assert outcome.out.splitlines()[1] == "[user] say 0;[assistant] 【it is 0;】"
+
+
+def test_what_belongs_to_a_model_s_view_is_refused_without_one(lora, dialogues) -> None:
+    assert lora("inspect", dialogues, "-n", "2").exit_code == 2
+    assert lora("inspect", dialogues, "--max-seq-len", "9").exit_code == 2
+
+
+def test_a_classifier_s_rows_have_no_tokens_to_show(lora, base, rows) -> None:
+    assert lora("inspect", rows, "--model", base).exit_code == 2
+
+
+def test_a_plan_knows_the_task(lora, dialogues) -> None:
+    plan = lora("finetune", "--model-size", "0.5B", "-d", dialogues, "--plan", "--json").document
+    assert (plan["task"], plan["head_params"]) == ("instruct", 0)
+
+
+def test_a_head_of_its_own_is_a_classifier_s(lora, base, dialogues, tmp_path) -> None:
+    outcome = lora("finetune", base, "-d", dialogues, "-o", tmp_path / "run", "--method", "head")
+    assert outcome.exit_code == 2
+
+
+def test_prompts_learn_their_completion_and_its_end(lora, base, tmp_path) -> None:
+    data = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "1+1=", "completion": "2"}])
+    shown = lora("inspect", data, "--model", base, "--json").document
+    assert shown["rows"][0]["text"] == "1+1=【2<|endoftext|>】"
