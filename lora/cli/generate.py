@@ -140,7 +140,9 @@ def continue_texts(
     tokenizer = Tokenizer.load(model.checkpoint.folder)
     ids = tokenizer.encode(read.texts, sys.maxsize, lines=read.lines).ids
     _check_room(max(map(len, ids)) + max_new_tokens, model.spec.max_position_embeddings)
-    made = [Continuation(text, tokenizer, stops, model.spec.eos_token_ids) for text in read.texts]
+    stop_ids = [token for token in map(tokenizer.token_id, stops) if token is not None]
+    ends = (*model.spec.eos_token_ids, *stop_ids)
+    made = [Continuation(text, tokenizer, stops, ends) for text in read.texts]
     written = ""
     for _ in model.stream(pack(ids), max_new_tokens, sampling, lambda row, new: made[row].take(new)):
         if writes:

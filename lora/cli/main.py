@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import click
 
 from lora import __version__
+from lora.cli.chat import chat
 from lora.cli.convert import convert
 from lora.cli.demo import demo
 from lora.cli.doctor import doctor
@@ -60,7 +61,7 @@ def lora(ctx: click.Context) -> None:
         ctx.exit(2)
 
 
-for _command in (demo, finetune, evaluate, predict, generate, merge, convert, inspect, doctor):
+for _command in (demo, finetune, evaluate, predict, generate, chat, merge, convert, inspect, doctor):
     lora.add_command(_command)
 
 

@@ -16,6 +16,9 @@ length_option = click.option(
     default=512,
     help="Tokens of a text, as in training; a longer one keeps its head.",
 )
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, help="Show a traceback with an error."
+)
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["float32", "float64", "bfloat16"]),
@@ -50,9 +53,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --json, which the command receives as `as_json`, and --debug, which `Failures` reads by itself."""
-    command = click.option(
-        "--debug", is_flag=True, expose_value=False, help="Show a traceback with an error."
-    )(command)
+    command = debug_option(command)
     return click.option(
         "--json",
         "as_json",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from lora.cli.generate import Continuation
@@ -69,6 +71,20 @@ def test_a_stop_text_ends_and_is_left_out(lora, base) -> None:
     assert texts_of(outcome) == [whole[: whole.find(stop)]]
     assert outcome.document["completions"][0]["finish_reason"] == "stop"
     assert outcome.document["completions"][0]["tokens"] < 12
+
+
+def test_a_stop_that_is_a_special_token_ends_by_its_id(lora, own_base) -> None:
+    path = own_base / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    first = int(load(own_base).generate([Tokenizer.load(own_base).encode(["a line"], 9).ids[0]], 3)[0][0])
+    (token,) = (t for t, i in tokenizer["model"]["vocab"].items() if i == first)
+    special = {"id": first, "content": token, "special": True, "normalized": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
+    tokenizer["added_tokens"] = [*tokenizer["added_tokens"], special | flags]
+    path.write_text(json.dumps(tokenizer))
+    outcome = lora("generate", own_base, "a line", "--stop", token, "--json")
+    (completion,) = outcome.document["completions"]
+    assert (completion["text"], completion["tokens"], completion["finish_reason"]) == ("", 1, "stop")
 
 
 def test_what_a_later_token_can_change_is_held_back(base) -> None:
