@@ -97,7 +97,7 @@ class Loop:
             best=self.progress.best is None or val_loss < self.progress.best.val_loss,
         )
 
-    def _steps(self, epoch: int) -> list[Sequence[Array]]:
+    def _steps(self, epoch: int) -> Sequence[Sequence[Array]]:
         """Return the batches of row indices of each step; the run's first step takes the most memory."""
         batches = epoch_batches(len(self.train), self.config.batch_size, self.config.seed, epoch)
         accum = self.config.grad_accum
