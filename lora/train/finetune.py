@@ -31,6 +31,7 @@ from lora.train.config import FinetuneConfig
 from lora.train.examples import Data, Examples, data_hash, detect_task, read_data, tokenise
 from lora.train.loop import Loop, Progress
 from lora.train.metrics_file import MetricsFile
+from lora.train.model_card import epoch_facts, write_model_card
 from lora.train.oversampling import oversampled
 from lora.train.run import RUN_FILE, Run, write_run_file
 
@@ -197,7 +198,7 @@ def _train(model: Model, prepared: Prepared, output: Path, callbacks: list[Callb
         weights,
         prepared.plan.micro_batch_tokens,
         [*callbacks, metrics],
-        save=lambda name: _save(model, config, output / name, facts),
+        save=lambda name: _save(model, config, output / name, facts, loop.progress),
     )
     started = _started(loop, prepared, output, repeated_rows=len(train_rows) - once)
     write_run_file(output, _run_facts(config, prepared, facts))
@@ -207,7 +208,7 @@ def _train(model: Model, prepared: Prepared, output: Path, callbacks: list[Callb
     try:
         progress = loop.run()
     except KeyboardInterrupt:
-        _save(model, config, output / "last", facts)
+        _save(model, config, output / "last", facts, loop.progress)
         for callback in callbacks:
             callback.said(f"interrupted after step {loop.progress.step}: the state is in {output / 'last'}")
         raise
@@ -229,12 +230,16 @@ def _make_folder(output: Path) -> None:
         raise WriteError(f"{output}: the folder cannot be made: {error.strerror}") from error
 
 
-def _save(model: Model, config: FinetuneConfig, folder: Path, facts: dict[str, Any]) -> None:
+def _save(
+    model: Model, config: FinetuneConfig, folder: Path, facts: dict[str, Any], progress: Progress
+) -> None:
     with warnings.catch_warnings():
         # said once at the start, not at every epoch
         warnings.simplefilter("ignore", LoraWarning)
         if config.method == "lora":
-            model.save_adapter(folder, metadata=facts, layout=config.layout)
+            epochs = [epoch_facts(epoch) for epoch in progress.epochs]
+            model.save_adapter(folder, metadata={**facts, "epochs": epochs}, layout=config.layout)
+            write_model_card(folder, model)
         else:
             model.save(folder)
 

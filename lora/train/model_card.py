@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from lora.io.checkpoint import read_json_object
 from lora.io.lora_config import LoraConfig
 from lora.io.peft import CONFIG, METADATA
 from lora.model.model import Model
+from lora.train.callbacks import EpochDone
 
 CARD = "README.md"
+EPOCH_COLUMNS = ("epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy", "learning_rate")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHOWN_SETTINGS = ("r", "target_modules", "init_lora_weights", "use_rslora")
 
@@ -37,13 +39,20 @@ def check_is_adapter(folder: Path) -> None:
         )
 
 
-def write_model_card(folder: Path, model: Model, scores: Mapping[str, Any], data: Path) -> Path:
+def epoch_facts(epoch: EpochDone) -> dict[str, Any]:
+    """Return what the card says of an epoch: what the same run finds again, and so no times."""
+    return {name: value for name, value in epoch.as_dict().items() if name in EPOCH_COLUMNS}
+
+
+def write_model_card(
+    folder: Path, model: Model, scores: Mapping[str, Any] | None = None, data: Path | None = None
+) -> Path:
     """Write the card of the adapter in `folder`, and return its path; a card that was there is replaced.
 
     Args:
         folder: the adapter's.
         model: with that adapter active.
-        scores: numbers of an evaluation by name; what is no number is left out.
+        scores: numbers of an evaluation by name, if there was one; what is no number is left out.
         data: the file that was evaluated on; the card names it without its folder.
 
     Raises:
@@ -53,13 +62,13 @@ def write_model_card(folder: Path, model: Model, scores: Mapping[str, Any], data
     check_is_adapter(folder)
     path = folder / METADATA
     facts = read_json_object(path) if path.is_file() else {}
-    config = model.parameters.adapters["default"].config
-    write_text(folder / CARD, model_card(model, config, facts, scores, data.name))
+    config = model.parameters.adapters[str(model.parameters.active)].config
+    write_text(folder / CARD, model_card(model, config, facts, scores or {}, data.name if data else None))
     return folder / CARD
 
 
 def model_card(
-    model: Model, config: LoraConfig, facts: Mapping[str, Any], scores: Mapping[str, Any], data: str
+    model: Model, config: LoraConfig, facts: Mapping[str, Any], scores: Mapping[str, Any], data: str | None
 ) -> str:
     """Return the card's text; arguments as in `write_model_card`."""
     parts = [
@@ -70,9 +79,12 @@ def model_card(
     if model.is_classifier:
         names = json.dumps(facts.get("class_names"), ensure_ascii=False)
         parts.append(f"## Classes\n\nIn the order of the logits:\n\n```json\n{names}\n```\n")
+    if facts.get("epochs"):
+        parts.append(_epoch_table(facts["epochs"]))
     numbers = {name: f"{value:.6g}" for name, value in scores.items() if isinstance(value, int | float)}
-    parts += [_table(f"Evaluation on {data}", numbers), _loading(model)]
-    return "\n".join(parts)
+    if data is not None:
+        parts.append(_table(f"Evaluation on {data}", numbers))
+    return "\n".join([*parts, _loading(model)])
 
 
 def _front_matter(model: Model) -> dict[str, Any]:
@@ -97,6 +109,12 @@ def _settings(config: LoraConfig, facts: Mapping[str, Any]) -> dict[str, str]:
 def _table(title: str, rows: Mapping[str, str]) -> str:
     lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items()]
     return "\n".join([f"## {title}\n", "| | |", "| --- | --- |", *lines, ""])
+
+
+def _epoch_table(epochs: Sequence[Mapping[str, Any]]) -> str:
+    rows = [f"| {' | '.join(f'{epoch[name]:.6g}' for name in EPOCH_COLUMNS)} |" for epoch in epochs]
+    head = [f"| {' | '.join(EPOCH_COLUMNS)} |", f"|{' --- |' * len(EPOCH_COLUMNS)}"]
+    return "\n".join(["## Training, epoch by epoch\n", *head, *rows, ""])
 
 
 def _loading(model: Model) -> str:

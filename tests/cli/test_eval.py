@@ -120,6 +120,9 @@ def test_checks_come_in_order(lora, own_base, tmp_path) -> None:
 
 def test_a_model_card_is_written_beside_the_adapter(lora, adapter, rows, tmp_path) -> None:
     folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    trained = (folder / "README.md").read_text()  # written by the training
+    assert "## Training, epoch by epoch" in trained
+    assert "## Evaluation" not in trained
     outcome = lora("eval", folder, "-d", rows, "--generate-card", "--json")
     assert outcome.err == f"note: model card: {folder / 'README.md'}\n"
     card = (folder / "README.md").read_text()
@@ -135,6 +138,7 @@ def test_a_model_card_is_written_beside_the_adapter(lora, adapter, rows, tmp_pat
         f'| data_hash | "{facts["data_hash"]}" |',
         '```json\n["bad", "good"]\n```',
         "## Evaluation on rows.jsonl",
+        f"| 1 | {facts['epochs'][0]['train_loss']:.6g} | {facts['epochs'][0]['val_loss']:.6g} |",
         f"| accuracy | {outcome.document['accuracy']:.6g} |",
         f"| mcc | {outcome.document['mcc']:.6g} |",
         f"AutoModelForSequenceClassification.from_pretrained({json.dumps(facts['base'])}, num_labels=2)",
