@@ -31,7 +31,7 @@ from lora.train.config import FinetuneConfig
 from lora.train.examples import Data, Examples, data_hash, detect_task, read_data, tokenise
 from lora.train.loop import Loop, Progress
 from lora.train.metrics_file import MetricsFile
-from lora.train.model_card import epoch_facts, write_model_card
+from lora.train.model_card import CARD_SETTINGS, base_hash, epoch_facts, write_model_card
 from lora.train.oversampling import oversampled
 from lora.train.run import RUN_FILE, Run, write_run_file
 
@@ -189,7 +189,9 @@ def _train(model: Model, prepared: Prepared, output: Path, callbacks: list[Callb
     weights = _class_weights(config, train, prepared.class_names)
     _make_folder(output)
     metrics = MetricsFile(output / "metrics.jsonl")
-    facts = {"data_hash": data_hash(prepared.data), "base": prepared.base}
+    facts: dict[str, Any] = {"data_hash": data_hash(prepared.data), "base": prepared.base}
+    facts |= {"base_hash": base_hash(model.checkpoint.folder), "rows": len(examples)}
+    facts |= {"training": {name: getattr(config, name) for name in CARD_SETTINGS}}
     loop = Loop(
         model,
         config,

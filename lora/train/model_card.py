@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,19 @@ from lora.model.model import Model
 from lora.train.callbacks import EpochDone
 
 CARD = "README.md"
+CARD_SETTINGS = (
+    "task",
+    "epochs",
+    "learning_rate",
+    "batch_size",
+    "grad_accum",
+    "max_seq_len",
+    "val_split",
+    "seed",
+)
 EPOCH_COLUMNS = ("epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy", "learning_rate")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SHOWN_FACTS = ("rows", "data_hash", "base_hash")
 _SHOWN_SETTINGS = ("r", "target_modules", "init_lora_weights", "use_rslora")
 
 
@@ -42,6 +54,19 @@ def check_is_adapter(folder: Path) -> None:
 def epoch_facts(epoch: EpochDone) -> dict[str, Any]:
     """Return what the card says of an epoch: what the same run finds again, and so no times."""
     return {name: value for name, value in epoch.as_dict().items() if name in EPOCH_COLUMNS}
+
+
+def base_hash(folder: Path) -> str:
+    """Return a SHA-256 of a checkpoint's config.json and of the header of each of its safetensors files.
+
+    It tells one architecture, dtype and set of tensors from another, and not two trainings of the same.
+    """
+    digest = sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = file.read(8)
+            digest.update(size + file.read(int.from_bytes(size, "little")))
+    return digest.hexdigest()
 
 
 def write_model_card(
@@ -99,7 +124,8 @@ def _settings(config: LoraConfig, facts: Mapping[str, Any]) -> dict[str, str]:
     from lora import __version__
 
     values = {name: getattr(config, name) for name in _SHOWN_SETTINGS} | {"lora_alpha": config.alpha}
-    values |= {name: facts[name] for name in ("pooling", "data_hash") if name in facts}
+    values |= {name: facts[name] for name in ("pooling", *_SHOWN_FACTS) if name in facts}
+    values |= facts.get("training", {})
     return {
         **{name: json.dumps(value) for name, value in values.items()},
         "card written by": f"lora {__version__}",
