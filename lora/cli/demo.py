@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 OUTPUT = "lora-demo"
 SUMMARY = "demo.json"
 # of both runs: the head alone gets the same budget
-SETTINGS: dict[str, Any] = {"epochs": 6, "learning_rate": 2e-3}
+SETTINGS: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-3, "targets": "all-linear"}
 MAX_SEQ_LEN = FinetuneConfig().max_seq_len
 LINES = (
     'rm -rf "$HOME"/*',

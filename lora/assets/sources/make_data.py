@@ -1,7 +1,7 @@
 """Write lora/assets/demo/train.jsonl and test.jsonl: `python -m lora.assets.sources.make_data`.
 
-Same seeds, same bytes. The test split comes from the pool "held_out", so each of its rows holds a command or
-a form that no training row shows; no text is in both splits.
+Same seeds, same bytes. Half of the test rows come from the pool "held_out": each holds a command or a form
+that no training row shows. The other half are new lines of the kinds that it shows. No text is in both splits.
 """
 
 import json
@@ -13,13 +13,19 @@ from lora.assets.sources.shell_lines import Line, ShellLines
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 TRAIN_ROWS = 3000
-TEST_ROWS = 800
+HELD_OUT_ROWS = 400  # of the test split
+SHOWN_ROWS = 400  # likewise
 
 
 def splits() -> dict[str, list[Line]]:
     """Draw the rows of "train" and "test"."""
     train = _distinct(ShellLines(random.Random(1), "shown"), TRAIN_ROWS, taken=())
-    test = _distinct(ShellLines(random.Random(2), "held_out"), TEST_ROWS, taken={line.text for line in train})
+    seen = {line.text for line in train}
+    held_out = _distinct(ShellLines(random.Random(2), "held_out"), HELD_OUT_ROWS, taken=seen)
+    seen |= {line.text for line in held_out}
+    shown = _distinct(ShellLines(random.Random(3), "shown"), SHOWN_ROWS, taken=seen)
+    # in turns, so that any part of the file holds as much of the one as of the other
+    test = [line for pair in zip(held_out, shown, strict=True) for line in pair]
     return {"train": train, "test": test}
 
 

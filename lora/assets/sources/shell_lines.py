@@ -1,8 +1,8 @@
 """Shell lines of five classes.
 
-A line is one statement that decides its class, perhaps a harmless one beside it, and a construction that holds
-both. The class follows from how the line was made; no line holds two hazards. What the tables call `held_out`
-never reaches a line drawn from the pool "shown".
+A line is a statement that decides its class, perhaps a harmless one beside it, and a construction around it.
+The class follows from how the line was made; no line holds two hazards. What the tables call `held_out` never
+reaches a line drawn from the pool "shown".
 """
 
 import random
