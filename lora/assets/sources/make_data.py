@@ -1,7 +1,7 @@
 """Write lora/assets/demo/train.jsonl and test.jsonl: `python -m lora.assets.sources.make_data`.
 
 Same seeds, same bytes. Half of the test rows come from the pool "held_out": each holds a command or a form
-that no training row shows. The other half are new lines of the kinds that it shows. No text is in both splits.
+that no training row shows. The other half are new lines of the kinds that it shows. No text is in both.
 """
 
 import json
