@@ -1,7 +1,7 @@
 """Write lora/assets/demo/train.jsonl and test.jsonl: `python -m lora.assets.sources.make_data`.
 
-Same seeds, same bytes. Half of the test rows come from the pool "held_out": each holds a command or a form
-that no training row shows. The other half are new lines of the kinds that it shows. No text is in both.
+Same seeds, same bytes. About half of the test rows come from the pool "held_out": each holds a command or a
+form that no training row shows. The other half are new lines of the kinds that it shows. No text is in both.
 """
 
 import json
@@ -18,7 +18,19 @@ SHOWN_ROWS = 400  # likewise
 
 
 def splits() -> dict[str, list[Line]]:
-    """Draw the rows of "train" and "test"."""
+    """Return the rows of "train" and "test".
+
+    A statement that stands alone is no test row: the base's text explains statements one by one.
+    """
+    lines = drawn()
+    return {
+        "train": lines["train"],
+        "test": [line for line in lines["test"] if line.text != line.deciding.text],
+    }
+
+
+def drawn() -> dict[str, list[Line]]:
+    """Draw the lines that both splits are chosen from."""
     train = _distinct(ShellLines(random.Random(1), "shown"), TRAIN_ROWS, taken=())
     seen = {line.text for line in train}
     held_out = _distinct(ShellLines(random.Random(2), "held_out"), HELD_OUT_ROWS, taken=seen)

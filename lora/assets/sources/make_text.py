@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora.assets.sources.make_data import splits
+from lora.assets.sources.make_data import drawn
 from lora.assets.sources.shell_lines import ShellLines, Statement
 from lora.assets.sources.tables import commands, pick, sentences, weighted
 
@@ -90,7 +90,7 @@ class Documents:
 
 def texts() -> Iterator[str]:
     """Draw the documents."""
-    documents = Documents(random.Random(3), {line.text for lines in splits().values() for line in lines})
+    documents = Documents(random.Random(3), {line.text for lines in drawn().values() for line in lines})
     return (documents.draw() for _ in range(DOCUMENTS))
 
 
