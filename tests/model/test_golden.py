@@ -85,3 +85,14 @@ def test_adamw_follows_the_trajectory(name: str, dtype: str, tmp_path: Path) -> 
     # an adapter moves in float32: where Transformers' own float32 leaves this path, three times its distance
     drift = float(arrays["float32_error/trajectory"]) * np.linalg.norm(arrays["trajectory"])
     assert np.linalg.norm(losses - arrays["trajectory"]) < max(1e-4, FLOAT32_FACTOR * drift)
+
+
+def test_a_gate_read_as_the_second_half_is_seen(tmp_path: Path) -> None:
+    """Planted: all queries first and all gates behind, where Qwen3.5 interleaves them head by head."""
+    model, arrays = golden_model("qwen3_5_grouped", tmp_path, "float64")
+    rows = 2 * model.spec.head_dim
+    for name, weight in model.parameters.weights.items():
+        if name.endswith("self_attn.q_proj.weight"):
+            heads = weight.reshape(-1, 2, rows // 2, weight.shape[1])
+            model.parameters.weights[name] = heads.swapaxes(0, 1).reshape(weight.shape)
+    assert relative(outcome(model, arrays)["logits"], expected(arrays)["logits"]) > 1000 * EXACT

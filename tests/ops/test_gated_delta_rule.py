@@ -119,7 +119,7 @@ def check_gradients_of_the_recurrence(op: Any, case: Case) -> None:
         exact = delta_recurrence.backward(arrays, do, 0 * dstate if last is None else last)
         assert (grads["initial_state"] is None) == (not case.continued)
         for name in _differentiable(arrays):
-            _assert_close(grads[name], exact[name], 1e-11)
+            _assert_close(grads[name], exact[name], 1e-12)
     frozen = op.backward(saved, do, dstate)
     assert frozen.A_log is None
     assert frozen.dt_bias is None
