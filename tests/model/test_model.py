@@ -252,8 +252,9 @@ def test_bfloat16_base_trains_in_float32(tmp_path: Path) -> None:
 
 def test_bfloat16_arithmetic_stays_near(base: Path) -> None:
     ids = np.stack(sequences(lengths=(9, 9)))
-    # a rounding is 2^-9, and some dozens of them lie between the ids and the logits
-    assert relative(adapted(base, dtype="bfloat16")(ids), adapted(base)(ids)) < 0.1
+    # a rounding is 2^-9, and some dozens of them lie between the ids and the logits; a recurrence has more
+    narrow, exact = adapted(base, dtype="bfloat16"), adapted(base)
+    assert relative(narrow(ids), exact(ids)) < {"qwen2": 0.05, "qwen3_5": 0.1}[exact.spec.family]
 
 
 @pytest.mark.parametrize(
