@@ -13,6 +13,10 @@ class DivergedError(LoraError):
     """A loss or a gradient is no longer finite; the message names the first layer where it appeared."""
 
 
+class KernelError(LoraError):
+    """A CUDA source, and the Python that launches it, do not fit together; a defect of this library."""
+
+
 class UsageError(LoraError):
     """The call or the command line is not of the documented form."""
 

@@ -4,17 +4,20 @@ from lora.backend.arrays import Array, array_module, to_host
 from lora.backend.blas import blas_facts
 from lora.backend.dtypes import accumulation_dtype, bfloat16, compute_dtype, wide
 from lora.backend.gemm import linear, linear_transpose, matmul
+from lora.backend.kernel import Kernel, launch
 from lora.backend.memory import empty
 from lora.backend.random_streams import named_stream
 
 __all__ = [
     "Array",
+    "Kernel",
     "accumulation_dtype",
     "array_module",
     "bfloat16",
     "blas_facts",
     "compute_dtype",
     "empty",
+    "launch",
     "linear",
     "linear_transpose",
     "matmul",
