@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from lora.model.model import Model
     from lora.model.sampling import Sampling
 
-END_OF_TURN = "<|im_end|>"  # of ChatML, and of the chat templates of both families
-
 
 @click.command(short_help="Talk with a language model.")
 @click.argument("model", metavar="MODEL_OR_ADAPTER")
@@ -63,12 +61,15 @@ def chat(
 def _talk(
     model: Model, template: ChatTemplate, system: str | None, max_new_tokens: int, sampling: Sampling
 ) -> None:
+    from lora.data.supervision import end_of_turn
+
+    end = end_of_turn(template)
     messages = [] if system is None else [{"role": "system", "content": system}]
     for line in _lines():
         messages.append({"role": "user", "content": line})
         prompt = template.render(messages, add_generation_prompt=True)
         (answer,) = continue_texts(
-            model, Texts((prompt,), None), max_new_tokens, sampling, (END_OF_TURN,), writes=True
+            model, Texts((prompt,), None), max_new_tokens, sampling, (end,) if end else (), writes=True
         )
         messages.append({"role": "assistant", "content": answer.text})
 

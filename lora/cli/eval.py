@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora.cli.options import base_option, dtype_option, length_option, output_options
+from lora.cli.options import base_option, dtype_option, given, length_option, output_options
 from lora.cli.output import note, note_truncated, print_facts, print_json, print_table
 from lora.cli.unbuilt import refuse_apr
-from lora.errors import DataError
+from lora.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from lora.data.rows import Row
     from lora.train.classification_metrics import ClassificationMetrics
     from lora.train.evaluate import CausalMetrics
+    from lora.train.exact_match import ExactMatch
     from lora.train.probability_scores import Interval
 
 
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 )
 @length_option
 @click.option("--batch-size", type=click.IntRange(1), default=32, help="Rows that are run together.")
+@click.option("--exact-match", is_flag=True, help="Generate an answer to each instruction, and compare.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=64, help="Where --exact-match cuts an answer."
+)
 @click.option("--generate-card", is_flag=True, help="Write README.md, a model card, beside the adapter.")
 @base_option
 @dtype_option
@@ -39,6 +44,8 @@ def evaluate(
     data: str,
     max_seq_len: int,
     batch_size: int,
+    exact_match: bool,
+    max_new_tokens: int,
     generate_card: bool,
     base: str | None,
     dtype: str,
@@ -48,37 +55,47 @@ def evaluate(
 
     A classifier's scores: accuracy, precision, recall and F1 of each class, the confusion matrix, the
     calibration error, log loss and Brier score, Cohen's kappa and MCC, bootstrap intervals, and what guessing
-    would score. A language model's: loss,
-    perplexity and token accuracy.
+    would score. A language model's: loss, perplexity and token accuracy of what training would learn; with
+    --exact-match how often its greedy answer is the last turn of the row.
     """
     refuse_apr(model)
+    if not exact_match and given("max_new_tokens"):
+        raise UsageError("--max-new-tokens belongs to --exact-match")
     from lora.data.rows import read_jsonl
     from lora.io.hub import require_path
     from lora.model.loading import load
     from lora.train.classification_metrics import ClassificationMetrics
     from lora.train.evaluate import evaluate as scores_of
-    from lora.train.evaluate import read_examples_for
+    from lora.train.evaluate import examples_for, read_data_for
+    from lora.train.exact_match import exact_match as answers_of
+    from lora.train.examples import detect_task, task_of
     from lora.train.model_card import check_is_adapter, write_model_card
 
     require_path(model)
     if generate_card:
         check_is_adapter(Path(model))
     rows = read_jsonl(data)  # before a weight is read; which labels they may have, only the model says
+    if exact_match and detect_task(Path(data)) != "instruct":
+        raise UsageError(f"--exact-match needs instructions, or prompts and completions; {data} has none")
     loaded = load(model, base=base, dtype=dtype)
     _check_fields(rows[0], loaded.is_classifier, model)
-    examples = read_examples_for(loaded, Path(data), max_seq_len)
+    read = read_data_for(loaded, Path(data))
+    examples = examples_for(loaded, read, max_seq_len)
     note_truncated(examples.truncated, max_seq_len)
     scores = scores_of(loaded, examples, batch_size=batch_size)
+    answers = None
+    if exact_match:
+        answers = answers_of(loaded, read, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    document = scores.as_dict() | ({} if answers is None else answers.as_dict())
     if generate_card:
-        note(f"model card: {write_model_card(Path(model), loaded, scores.as_dict(), Path(data))}")
+        note(f"model card: {write_model_card(Path(model), loaded, document, Path(data))}")
     if as_json:
-        task = "classify" if isinstance(scores, ClassificationMetrics) else "causal"
-        about = {"status": "evaluated", "task": task, "model": model, "data": data}
-        print_json({**about, "truncated_rows": examples.truncated, **scores.as_dict()})
+        about = {"status": "evaluated", "task": task_of(read), "model": model, "data": data}
+        print_json({**about, "truncated_rows": examples.truncated, **document})
     elif isinstance(scores, ClassificationMetrics):
         print_classification(scores)
     else:
-        print_causal(scores)
+        print_causal(scores, answers)
 
 
 def _check_fields(row: Row, is_classifier: bool, model: str) -> None:
@@ -143,14 +160,20 @@ def _interval(interval: Interval) -> str:
     return f"[{interval.low:.4f}, {interval.high:.4f}] (95 %, bootstrap)"
 
 
-def print_causal(scores: CausalMetrics) -> None:
+def print_causal(scores: CausalMetrics, answers: ExactMatch | None) -> None:
     """Print a language model's scores."""
-    print_facts(
-        {
-            "Rows": f"{scores.rows:,}",
-            "Tokens": f"{scores.tokens:,}",
-            "Loss": f"{scores.loss:.4f} nats per token",
-            "Perplexity": f"{scores.perplexity:.4g}",
-            "Token accuracy": f"{scores.token_accuracy:.4f}",
-        }
-    )
+    facts = {
+        "Rows": f"{scores.rows:,}",
+        "Tokens": f"{scores.tokens:,}",
+        "Loss": f"{scores.loss:.4f} nats per token",
+        "Perplexity": f"{scores.perplexity:.4g}",
+        "Token accuracy": f"{scores.token_accuracy:.4f}",
+    }
+    if answers is not None:
+        matches, rows = answers.exact_matches, answers.generated_rows
+        facts["Exact match"] = f"{answers.exact_match:.4f} ({matches:,} of {rows:,} rows)"
+        if answers.unended_rows:
+            facts["Cut answers"] = (
+                f"{answers.unended_rows:,} had not ended after {answers.max_new_tokens} tokens"
+            )
+    print_facts(facts)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,14 +11,12 @@ from lora.cli.options import base_option, dtype_option, output_options, sampling
 from lora.cli.output import one_line, print_json
 from lora.cli.texts import Texts, check_one_source, read_texts
 from lora.cli.unbuilt import refuse_apr
-from lora.errors import UsageError, ValidationError
+from lora.errors import UsageError
 
 if TYPE_CHECKING:
-    from lora.data.tokenizer import Tokenizer
+    from lora.model.continuation import Continuation
     from lora.model.model import Model
     from lora.model.sampling import Sampling
-
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a character is decoded to whose last bytes have not come
 
 
 @click.command(short_help="Continue texts.")
@@ -77,48 +73,6 @@ def generate(
             click.echo(f"==> {one_line(continuation.prompt)} <==\n{shown(continuation.text)}\n")
 
 
-@dataclass
-class Continuation:
-    """What follows one prompt, as its tokens come."""
-
-    prompt: str
-    tokenizer: Tokenizer
-    stops: tuple[str, ...]
-    end_ids: tuple[int, ...]
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""  # without an end token, and up to a stop text
-    finish: str = "length"  # or "stop"
-
-    def take(self, tokens: Sequence[int]) -> bool:
-        """Read the tokens so far, the newest last, and return whether the continuation ends with them."""
-        self.tokens = list(tokens)
-        self.text = self.tokenizer.decode(self.tokens)
-        places = [place for place in map(self.text.find, self.stops) if place >= 0]
-        if places:
-            self.text = self.text[: min(places)]
-        if places or self.tokens[-1] in self.end_ids:
-            self.finish = "stop"
-        return self.finish == "stop"
-
-    @property
-    def settled(self) -> str:
-        """The text that no later token can change: less half a character, and what may begin a stop text."""
-        if self.finish == "stop":
-            return self.text
-        text = self.text.rstrip(REPLACEMENT)
-        longest = max(map(len, self.stops), default=1)
-        return text[: len(text) - (longest - 1)] if longest > 1 else text
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the outcome as JSON values."""
-        return {
-            "prompt": self.prompt,
-            "text": self.text,
-            "tokens": len(self.tokens),
-            "finish_reason": self.finish,
-        }
-
-
 def continue_texts(
     model: Model,
     read: Texts,
@@ -134,17 +88,11 @@ def continue_texts(
         UsageError: the model is a classifier.
         ValidationError: a prompt leaves no room in the model's context for what is to come.
     """
-    from lora.data.packed import pack
-    from lora.data.tokenizer import Tokenizer
+    from lora.model.continuation import continued
 
-    tokenizer = Tokenizer.load(model.checkpoint.folder)
-    ids = tokenizer.encode(read.texts, sys.maxsize, lines=read.lines).ids
-    _check_room(max(map(len, ids)) + max_new_tokens, model.spec.max_position_embeddings)
-    stop_ids = [token for token in map(tokenizer.token_id, stops) if token is not None]
-    ends = (*model.spec.eos_token_ids, *stop_ids)
-    made = [Continuation(text, tokenizer, stops, ends) for text in read.texts]
+    made, steps = continued(model, read.texts, max_new_tokens, sampling, stops, lines=read.lines)
     written = ""
-    for _ in model.stream(pack(ids), max_new_tokens, sampling, lambda row, new: made[row].take(new)):
+    for _ in steps:
         if writes:
             written = _write(written, made[0].settled)
     if writes:
@@ -167,11 +115,3 @@ def _write(written: str, text: str) -> str:
     click.echo(shown(text[len(written) :]), nl=False)
     sys.stdout.flush()
     return text
-
-
-def _check_room(needed: int, context: int) -> None:
-    if needed > context:
-        raise ValidationError(
-            f"the longest prompt and --max-new-tokens take {needed} tokens; "
-            f"the model's context holds {context}"
-        )

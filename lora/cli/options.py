@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 base_option = click.option(
     "--base", metavar="MODEL", show_default="the one that it names", help="The adapter's base."
@@ -25,6 +26,11 @@ dtype_option = click.option(
     default="float32",
     help="Precision of the arithmetic.",
 )
+
+
+def given(name: str) -> bool:
+    """Return whether the running command's option `name` stands on its command line."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:

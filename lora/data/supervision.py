@@ -86,6 +86,20 @@ def _shared(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
+def end_of_turn(template: ChatTemplate) -> str:
+    """Return what the template writes behind an assistant's words, without white space; it may be nothing.
+
+    Raises:
+        DataError: the template fails, or does not write what the assistant says.
+    """
+    said = "an answer"
+    exchange = ({"role": "user", "content": "a question"}, {"role": "assistant", "content": said})
+    _, found, end = template.render(exchange).rpartition(said)
+    if not found:
+        raise DataError("the chat template does not write what an assistant says, so its end is unknown")
+    return end.strip()
+
+
 def token_labels(ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
     """Return the label of each token, [T] int64: its id where it begins in a span, else -100."""
     starts = np.array([start for start, _ in offsets], np.int64)

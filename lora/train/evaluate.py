@@ -18,7 +18,7 @@ from lora.errors import DataError, ValidationError
 from lora.model.head import ClassifierHead
 from lora.model.model import Model
 from lora.train.classification_metrics import ClassificationMetrics, metrics_from_probabilities, softmax
-from lora.train.examples import Examples, detect_task, read_data, tokenise
+from lora.train.examples import Data, Examples, detect_task, read_data, tokenise
 from lora.train.loop import evaluate_loss
 
 TOKENS_AT_ONCE = 4096  # without a backward pass, only one block's activations live at a time
@@ -39,20 +39,27 @@ class CausalMetrics:
         return asdict(self)
 
 
-def read_examples_for(model: Model, path: Path, max_seq_len: int) -> Examples:
+def read_data_for(model: Model, path: Path) -> Data:
     """Read a file as `model` needs it: a classifier's labels by its own class names, else texts or dialogues.
 
     Raises:
         MissingFileError: there is no such file.
         DataError: rows are bad, or hold a class that the model does not know.
     """
-    names = model.head.class_names if isinstance(model.head, ClassifierHead) else None
+    if isinstance(model.head, ClassifierHead):
+        return read_data(path, "classify", class_names=model.head.class_names)
+    return read_data(path, "instruct" if detect_task(path) == "instruct" else "causal")
+
+
+def examples_for(model: Model, data: Data, max_seq_len: int) -> Examples:
+    """Return the rows as the tokens of `model`'s own tokenizer and chat template; errors as in `tokenise`."""
     folder = model.checkpoint.folder
-    task = detect_task(path) if names is None else "classify"
-    data = read_data(
-        path, "instruct" if task == "instruct" else "causal" if names is None else task, class_names=names
-    )
     return tokenise(data, Tokenizer.load(folder), max_seq_len, template=ChatTemplate.load(folder))
+
+
+def read_examples_for(model: Model, path: Path, max_seq_len: int) -> Examples:
+    """Read a file and return its rows as tokens; errors as in `read_data_for` and `examples_for`."""
+    return examples_for(model, read_data_for(model, path), max_seq_len)
 
 
 def evaluate(

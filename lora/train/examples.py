@@ -103,6 +103,13 @@ def detect_task(path: Path) -> str:
     )
 
 
+def task_of(data: Data) -> str:
+    """Return the task that rows were read for."""
+    if isinstance(data, ClassifyData):
+        return "classify"
+    return "instruct" if isinstance(data, InstructData) else "causal"
+
+
 def read_data(
     path: Path, task: str, *, class_names: Sequence[str] | None = None, num_classes: int | None = None
 ) -> Data:

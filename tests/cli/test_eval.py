@@ -12,9 +12,12 @@ import yaml
 from lora.io.lora_config import LoraConfig
 from lora.model.loading import load
 from lora.train.evaluate import evaluate, read_examples_for
+from lora.train.finetune import finetune
 from lora.train.model_card import base_hash, model_card
 from tests.cli.conftest import LABELLED
 from tests.data.files import write_jsonl
+
+KNOWN = [{"instruction": "Up?", "response": "yes"}]
 
 
 def test_json_holds_every_score_of_the_library(lora, adapter, rows) -> None:
@@ -69,6 +72,37 @@ def test_a_language_model_is_scored_by_its_loss(lora, base, texts) -> None:
     outcome = lora("eval", base, "-d", texts)
     for said in ("Tokens:", "nats per token", "Perplexity:", "Token accuracy:"):
         assert said in outcome.out
+
+
+@pytest.fixture(scope="module")
+def memorised(base, tmp_path_factory) -> Path:
+    """Every weight trained on two questions until the tiny base knows their answers by heart."""
+    folder = tmp_path_factory.mktemp("memorised")
+    data = write_jsonl(folder / "rows.jsonl", 8 * [{"prompt": "up? ", "completion": "no"}, *KNOWN])
+    settings = {"learning_rate": 0.02, "warmup": 0.0, "batch_size": 8, "epochs": 12, "save_every": 99}
+    return finetune(base, data, output=folder / "run", method="full", **settings).best
+
+
+def test_answers_are_compared_with_the_rows(lora, memorised, tmp_path) -> None:
+    wrong = {"prompt": "up? ", "completion": "yes"}
+    data = write_jsonl(tmp_path / "rows.jsonl", [*KNOWN, {"prompt": "up? ", "completion": " no\n"}, wrong])
+    document = lora("eval", memorised, "-d", data, "--exact-match", "--json").document
+    assert document["task"] == "instruct"
+    assert (document["exact_matches"], document["generated_rows"], document["unended_rows"]) == (2, 3, 0)
+    assert (document["exact_match"], document["max_new_tokens"]) == (2 / 3, 64)
+    assert "Exact match:    0.6667 (2 of 3 rows)" in lora("eval", memorised, "-d", data, "--exact-match").out
+    options = ("--exact-match", "--max-new-tokens", 1)
+    assert (
+        "Cut answers:    3 had not ended after 1 tokens" in lora("eval", memorised, "-d", data, *options).out
+    )
+    assert "exact_match" not in lora("eval", memorised, "-d", data, "--json").document
+
+
+def test_what_belongs_to_answers_is_refused_without_them(lora, base, texts) -> None:
+    outcome = lora("eval", base, "-d", texts, "--exact-match")
+    assert (outcome.exit_code, outcome.out) == (2, "")
+    assert "needs instructions" in outcome.err
+    assert lora("eval", base, "-d", texts, "--max-new-tokens", 3).exit_code == 2
 
 
 def test_cut_texts_are_counted_and_said(lora, adapter, rows) -> None:

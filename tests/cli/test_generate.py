@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from lora.cli.generate import Continuation
 from lora.data.tokenizer import Tokenizer
+from lora.model.continuation import Continuation
 from lora.model.loading import load
 from tests.cli.test_predict import give_stdin
 from tests.data.files import write_jsonl
