@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lora.train.config import FinetuneConfig
     from lora.train.finetune import finetune
     from lora.train.optimizer import AdamW
+    from lora.train.recipe import read_recipe
     from lora.train.run import Run
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ _HOMES = {
     "finetune": "lora.train.finetune",
     "load": "lora.model.loading",
     "plan": "lora.estimate",
+    "read_recipe": "lora.train.recipe",
 }
 
 __all__ = [
@@ -83,6 +85,7 @@ __all__ = [
     "finetune",
     "load",
     "plan",
+    "read_recipe",
 ]
 
 

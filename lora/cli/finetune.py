@@ -13,6 +13,7 @@ import click
 
 from lora.cli.options import output_options
 from lora.cli.output import note, print_facts, print_json, print_table
+from lora.cli.recipe import recipe_option
 from lora.cli.unbuilt import refuse_apr
 from lora.errors import UsageError
 from lora.train.config import FinetuneConfig
@@ -44,6 +45,7 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str) -> str | tu
     "--data", "-d", metavar="FILE", help='JSON Lines: {"input", "label"}, {"text"}, {"messages"} ...'
 )
 @click.option("--output", "-o", metavar="DIR", default=OUTPUT, help="Where the run is written.")
+@recipe_option
 @setting(
     "--task",
     metavar="[classify|causal|instruct]",

@@ -33,6 +33,7 @@ from lora.train.loop import Loop, Progress
 from lora.train.metrics_file import MetricsFile
 from lora.train.model_card import CARD_SETTINGS, base_hash, epoch_facts, write_model_card
 from lora.train.oversampling import oversampled
+from lora.train.recipe import RECIPE_FILE, write_recipe
 from lora.train.run import RUN_FILE, Run, write_run_file
 
 PLANNED = (  # the settings that memory depends on
@@ -55,6 +56,7 @@ class Prepared:
 
     config: FinetuneConfig  # task and method decided
     base: str  # what the adapter will call it
+    data_path: Path
     plan: Plan
     data: Data
     examples: Examples
@@ -77,7 +79,8 @@ def finetune(
         data: JSON Lines: {"input", "label"} to classify, {"text"} for a causal model; {"messages"},
             {"instruction", "response"} or {"prompt", "completion"} to instruct.
         task: "classify", "causal" or "instruct"; None for what the first row's fields say.
-        output: a folder; `best/`, `epoch-N/`, `metrics.jsonl` and `run.json` are written into it.
+        output: a folder; `best/`, `epoch-N/`, `metrics.jsonl`, `run.json` and `recipe.yaml` are written into
+            it. `lora.finetune(**lora.read_recipe("recipe.yaml") | {"output": "again"})` repeats the run.
         callbacks: told, in this order, of the start, of every step and of every epoch; an error that one
             raises ends the run and is passed on as it is.
         **settings: fields of `FinetuneConfig`.
@@ -122,7 +125,7 @@ def prepare(config: FinetuneConfig, model: Model | str | Path, data: Path) -> Pr
     config = replace(config, method=planned.workload.method)
     _check_layout(config, spec)
     base = model.base_name if isinstance(model, Model) else base_name(model)
-    return Prepared(config, base, planned, rows, examples, class_names)
+    return Prepared(config, base, data, planned, rows, examples, class_names)
 
 
 def _refuse_another_run(output: Path) -> None:
@@ -204,6 +207,7 @@ def _train(model: Model, prepared: Prepared, output: Path, callbacks: list[Callb
     )
     started = _started(loop, prepared, output, repeated_rows=len(train_rows) - once)
     write_run_file(output, _run_facts(config, prepared, facts))
+    write_recipe(output / RECIPE_FILE, prepared.base, prepared.data_path, output, config)
     for callback in callbacks:
         callback.started(started)
     begin = time.perf_counter()
