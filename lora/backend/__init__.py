@@ -3,7 +3,7 @@
 from lora.backend.arrays import Array, array_module, to_host
 from lora.backend.blas import blas_facts
 from lora.backend.dtypes import accumulation_dtype, bfloat16, compute_dtype, wide
-from lora.backend.gemm import linear, linear_transpose, matmul
+from lora.backend.gemm import linear, linear_transpose, matmul, matmul_into
 from lora.backend.kernel import Kernel, launch
 from lora.backend.memory import empty
 from lora.backend.random_streams import named_stream
@@ -21,6 +21,7 @@ __all__ = [
     "linear",
     "linear_transpose",
     "matmul",
+    "matmul_into",
     "named_stream",
     "to_host",
     "wide",

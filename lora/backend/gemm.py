@@ -1,4 +1,4 @@
-"""The one door for matrix products: operands are widened here, and nowhere else.
+"""The one door for matrix products: operands are widened here, and nowhere else; on a GPU, cuBLAS runs them.
 
 A frozen weight keeps the dtype that it has on disk and may be memory-mapped. It is widened a block of rows
 at a time into a buffer that is used again, so that no weight ever exists twice in memory.
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lora.backend.arrays import Array
+from lora.backend.arrays import Array, array_module
 from lora.backend.dtypes import accumulation_dtype, bfloat16, wide
 from lora.backend.memory import empty
 
@@ -24,37 +24,84 @@ _scratch = threading.local()
 
 
 def matmul(a: Array, b: Array) -> Array:
-    """Return a @ b for [..., M, K] and [..., K, N], computed and returned in the accumulation dtype."""
-    return wide(a) @ wide(b)
+    """Return a @ b for [..., M, K] and [..., K, N], computed and returned in the accumulation dtype.
+
+    On a GPU: two matrices, or two stacks of as many, both float32 or both bfloat16.
+    """
+    if array_module(a, b) is np:
+        return wide(a) @ wide(b)
+    shape = (*a.shape[:-1], b.shape[-1])
+    return matmul_into(empty(shape, accumulation_dtype(a.dtype), like=a), a, b)
+
+
+def matmul_into(out: Array, a: Array, b: Array, *, scale: float = 1.0, accumulate: bool = False) -> Array:
+    """Write scale · a @ b into `out`, added to what it holds where `accumulate`; return `out`.
+
+    Sums are taken in the accumulation dtype, and rounded once to the dtype of `out`. Transposes and cuts of
+    rows or columns are read and written where they lie.
+
+    Args:
+        out: [M, N], or a stack [B, M, N]; rows are contiguous.
+        a: [M, K] or [B, M, K]. On a GPU float32 or bfloat16.
+        b: [K, N] or [B, K, N]. On a GPU of a's dtype.
+        scale: of the product.
+        accumulate: keep what `out` holds, and add.
+
+    Raises:
+        ShapeError, DeviceError: on a GPU, where the shapes do not chain or cuBLAS cannot take the arrays.
+    """
+    if array_module(out, a, b) is not np:
+        from lora.backend.cublas import current_cublas  # CUDA's libraries are loaded where there is a device
+
+        current_cublas().matmul_into(out, a, b, scale=scale, accumulate=accumulate)
+        return out
+    plain = scale == 1 and not accumulate
+    if plain and out.dtype == accumulation_dtype(a.dtype) == accumulation_dtype(b.dtype):
+        return np.matmul(wide(a), wide(b), out=out)
+    product = wide(a) @ wide(b)
+    if scale != 1:
+        product *= scale
+    if accumulate:
+        product += wide(out)
+    out[...] = product
+    return out
 
 
 def linear(x: Array, weight: Array) -> Array:
     """Return x weightᵀ, [N, O], for `x` [N, I] and `weight` [O, I], in x's accumulation dtype."""
-    x = wide(x)
+    x = _operand(x, weight)
     if weight.dtype == x.dtype:
-        return x @ weight.T
-    y = empty((x.shape[0], weight.shape[0]), x.dtype)
+        return matmul(x, weight.T)
+    y = empty((x.shape[0], weight.shape[0]), x.dtype, like=x)
     for rows, block in _widened(weight, x.dtype):
-        np.matmul(x, block.T, out=y[:, rows])
+        matmul_into(y[:, rows], x, block.T)
     return y
 
 
 def linear_transpose(dy: Array, weight: Array) -> Array:
     """Return dy weight, [N, I], for `dy` [N, O] and `weight` [O, I], in dy's accumulation dtype."""
-    dy = wide(dy)
+    dy = _operand(dy, weight)
     if weight.dtype == dy.dtype:
-        return dy @ weight
-    dx: Array = None
+        return matmul(dy, weight)
+    dx = empty((dy.shape[0], weight.shape[1]), dy.dtype, like=dy)
     for rows, block in _widened(weight, dy.dtype):
-        share = dy[:, rows] @ block
-        dx = share if dx is None else np.add(dx, share, out=dx)
+        matmul_into(dx, dy[:, rows], block, accumulate=rows.start > 0)
     return dx
+
+
+def _operand(rows: Array, weight: Array) -> Array:
+    """Return `rows` as they enter a product with `weight`: a GPU multiplies bfloat16 without widening it."""
+    is_taken = array_module(rows, weight) is not np and rows.dtype == weight.dtype
+    return rows if is_taken else wide(rows)
 
 
 def _widened(weight: Array, dtype: np.dtype[Any]) -> Iterator[tuple[slice, Array]]:
     """Yield blocks of rows of `weight` [O, I] in `dtype`; a block is overwritten by the next one."""
     rows, columns = weight.shape
     step = max(1, WIDENED_BYTES // (columns * dtype.itemsize))
+    if array_module(weight) is not np:
+        yield from ((slice(i, i + step), weight[i : i + step].astype(dtype)) for i in range(0, rows, step))
+        return
     buffer = _buffer(min(step, rows) * columns, dtype)
     for start in range(0, rows, step):
         block = weight[start : start + step]

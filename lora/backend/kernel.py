@@ -1,7 +1,8 @@
 """Launching a kernel: the arguments are checked against its CUDA source, then an engine runs it.
 
 CUDA itself checks nothing: an argument of the wrong width is read as garbage, and a view with strides as if
-it had none. NumPy arrays go to the engine of `using_engine`, which executes the same source on the host.
+it had none. CuPy arrays go to the device; NumPy arrays go to the engine of `using_engine`, which executes the
+same source on the host.
 """
 
 from __future__ import annotations
@@ -83,9 +84,13 @@ def launch(kernel: Kernel, grid: tuple[int, ...], *arguments: Array | float | No
 def _engine(kernel: Kernel, values: Sequence[Any]) -> Engine:
     """Return what runs `kernel` on arrays of the library that `values` hold."""
     module = array_module(*(value for value in values if not isinstance(value, np.generic)))
-    engine = _host_engine.get() if module is np else None
+    if module is not np:
+        from lora.backend.device import DeviceEngine  # what it needs is loaded where there is a device
+
+        return DeviceEngine()
+    engine = _host_engine.get()
     if engine is None:
-        raise DeviceError(f"{kernel.name} is a CUDA kernel: no engine runs it on arrays of {module.__name__}")
+        raise DeviceError(f"{kernel.name} is a CUDA kernel: expected CuPy arrays, got NumPy arrays")
     return engine
 
 

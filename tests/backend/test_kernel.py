@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import lora.backend.signature
 from lora.backend import bfloat16
 from lora.backend.kernel import Kernel, launch, using_engine
 from lora.backend.signature import DTYPES, Parameter, read_signature
@@ -37,11 +36,8 @@ template <typename T> __global__ void odd(T** table) {}
 
 
 @pytest.fixture(autouse=True)
-def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "k.cu").write_text(SOURCE)
-    monkeypatch.setattr(lora.backend.signature, "asset", lambda *parts: tmp_path.joinpath(*parts[1:]))
-    lora.backend.signature.read_signature.cache_clear()
-    lora.backend.signature._declarations.cache_clear()
+def source(kernels: Path) -> None:
+    (kernels / "k.cu").write_text(SOURCE)
 
 
 class Recorder:
@@ -189,5 +185,5 @@ def test_a_grid_outside_the_limits_of_cuda_is_an_error(grid: tuple[int, ...]) ->
 def test_without_an_engine_arrays_of_the_host_are_an_error() -> None:
     with using_engine(Recorder()):
         pass
-    with pytest.raises(DeviceError, match="no engine runs it on arrays of numpy"):
+    with pytest.raises(DeviceError, match="expected CuPy arrays, got NumPy arrays"):
         launch(NORMALISE, (1,), *arguments())
