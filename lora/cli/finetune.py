@@ -116,6 +116,10 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str) -> str | tu
 )
 @setting("--device", metavar="[cpu]", help="Where to train; a --plan also knows cuda.")
 @setting("--dtype", metavar="[float32|float64|bfloat16]", help="Precision of the arithmetic.")
+@setting(
+    "--tensorboard/--no-tensorboard",
+    help="Write TensorBoard's event files too; needs lora-numpy[tensorboard].",
+)
 @click.option("--plan", is_flag=True, help="Say what the run would take. Nothing is loaded or written.")
 @click.option("--vram", type=float, show_default="16.0", help="GB that the plan may use.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")

@@ -38,6 +38,7 @@ class StepDone:
     gradient_norm: float  # before clipping
     tokens: int
     tokens_per_second: float
+    peak_memory: int | None  # bytes that the process has held at most so far; None where no one tells
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class FinetuneConfig:
     model_size: str | None = None  # a published size that the checkpoint must have
     device: str = "cpu"
     dtype: str = "float32"
+    tensorboard: bool = False  # event files too, which need the extra `tensorboard`
 
     def __post_init__(self) -> None:
         """Check every value.

@@ -30,11 +30,13 @@ from lora.train.class_weights import class_weights
 from lora.train.config import FinetuneConfig
 from lora.train.examples import Data, Examples, data_hash, detect_task, read_data, tokenise
 from lora.train.loop import Loop, Progress
+from lora.train.metrics_csv import MetricsCsv
 from lora.train.metrics_file import MetricsFile
 from lora.train.model_card import CARD_SETTINGS, base_hash, epoch_facts, write_model_card
 from lora.train.oversampling import oversampled
 from lora.train.recipe import RECIPE_FILE, write_recipe
 from lora.train.run import RUN_FILE, Run, write_run_file
+from lora.train.tensorboard import FOLDER, TensorBoard, require_tensorboard
 
 PLANNED = (  # the settings that memory depends on
     "task",
@@ -79,8 +81,9 @@ def finetune(
         data: JSON Lines: {"input", "label"} to classify, {"text"} for a causal model; {"messages"},
             {"instruction", "response"} or {"prompt", "completion"} to instruct.
         task: "classify", "causal" or "instruct"; None for what the first row's fields say.
-        output: a folder; `best/`, `epoch-N/`, `metrics.jsonl`, `run.json` and `recipe.yaml` are written into
-            it. `lora.finetune(**lora.read_recipe("recipe.yaml") | {"output": "again"})` repeats the run.
+        output: a folder; `best/`, `epoch-N/`, `metrics.jsonl`, `metrics.csv`, `run.json` and `recipe.yaml` go
+            into it. `lora.finetune(**lora.read_recipe("recipe.yaml") | {"output": "again"})` repeats the
+            run.
         callbacks: told, in this order, of the start, of every step and of every epoch; an error that one
             raises ends the run and is passed on as it is.
         **settings: fields of `FinetuneConfig`.
@@ -108,6 +111,8 @@ def prepare(config: FinetuneConfig, model: Model | str | Path, data: Path) -> Pr
         raise MissingFileError(
             f"{data}: expected a JSON Lines file, found {'a folder' if data.is_dir() else 'nothing'}"
         )
+    if config.tensorboard:
+        require_tensorboard()
     config = replace(config, task=config.task or detect_task(data))
     if config.oversample and config.task != "classify":
         raise UsageError("oversample repeats the rows of rare classes: expected task = 'classify'")
@@ -191,7 +196,7 @@ def _train(model: Model, prepared: Prepared, output: Path, callbacks: list[Callb
     train, validation = examples.subset(train_rows), examples.subset(validation_rows)
     weights = _class_weights(config, train, prepared.class_names)
     _make_folder(output)
-    metrics = MetricsFile(output / "metrics.jsonl")
+    files = _metrics_files(output, config)
     facts: dict[str, Any] = {"data_hash": data_hash(prepared.data), "base": prepared.base}
     facts |= {"base_hash": base_hash(model.checkpoint.folder), "rows": len(examples)}
     facts |= {"training": {name: getattr(config, name) for name in CARD_SETTINGS}}
@@ -202,7 +207,7 @@ def _train(model: Model, prepared: Prepared, output: Path, callbacks: list[Callb
         validation,
         weights,
         prepared.plan.micro_batch_tokens,
-        [*callbacks, metrics],
+        [*callbacks, *files],
         save=lambda name: _save(model, config, output / name, facts, loop.progress),
     )
     started = _started(loop, prepared, output, repeated_rows=len(train_rows) - once)
@@ -219,7 +224,8 @@ def _train(model: Model, prepared: Prepared, output: Path, callbacks: list[Callb
             callback.said(f"interrupted after step {loop.progress.step}: the state is in {output / 'last'}")
         raise
     finally:
-        metrics.close()
+        for file in files:
+            file.close()
     return _outcome(started, progress, loop, time.perf_counter() - begin)
 
 
@@ -227,6 +233,16 @@ def _class_weights(config: FinetuneConfig, train: Examples, class_names: tuple[s
     if train.labels is None:
         return None
     return class_weights(train.labels, len(class_names), config.class_weights)
+
+
+def _metrics_files(output: Path, config: FinetuneConfig) -> list[MetricsFile | MetricsCsv | TensorBoard]:
+    files: list[MetricsFile | MetricsCsv | TensorBoard] = [
+        MetricsFile(output / "metrics.jsonl"),
+        MetricsCsv(output / "metrics.csv"),
+    ]
+    if config.tensorboard:
+        files.append(TensorBoard(output / FOLDER))
+    return files
 
 
 def _make_folder(output: Path) -> None:

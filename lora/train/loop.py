@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lora.backend import Array
+from lora.backend.process_memory import peak_memory
 from lora.data.batches import epoch_batches
 from lora.data.packed import split
 from lora.data.packing import longest_first
@@ -120,7 +121,14 @@ class Loop:
         self.progress.step += 1
         rate = report.tokens / (time.perf_counter() - start)
         event = StepDone(
-            self.progress.step, epoch, report.loss, lr, report.gradient_norm, report.tokens, rate
+            self.progress.step,
+            epoch,
+            report.loss,
+            lr,
+            report.gradient_norm,
+            report.tokens,
+            rate,
+            peak_memory(),
         )
         for callback in self.callbacks:
             callback.step_done(event)

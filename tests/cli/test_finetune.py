@@ -117,15 +117,16 @@ VALUES = {
 
 def test_every_option_reaches_the_run(lora, base, rows, tmp_path) -> None:
     arguments = [argument for option, (value, _) in VALUES.items() for argument in (option, value)]
-    switches = ("--no-head-bias", "--no-packing", "--oversample")
+    pytest.importorskip("tensorboardX")
+    switches = ("--no-head-bias", "--no-packing", "--oversample", "--tensorboard")
     outcome = lora("finetune", base, "-d", rows, "-o", tmp_path / "run", *arguments, *switches)
     assert outcome.exit_code == 0
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     expected = {option[2:].replace("-", "_"): setting for option, (_, setting) in VALUES.items()}
     assert {name: settings[name] for name in expected} == expected
     assert settings["head_bias"] is settings["packing"] is False
-    assert settings["oversample"] is True
-    switched = {"head_bias", "packing", "oversample"}
+    assert settings["oversample"] is settings["tensorboard"] is True
+    switched = {"head_bias", "packing", "oversample", "tensorboard"}
     unproven = settings.keys() - expected.keys() - switched - {"model_size", "device"}
     assert not unproven, "a new setting needs a value above"
 
