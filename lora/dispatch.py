@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from lora.errors import DeviceError
+from lora.backend.device import current_gpu
+from lora.errors import DeviceError, UnsupportedError
 from lora.ops import (
     adamw,
     attention,
@@ -50,6 +52,18 @@ class Choice(NamedTuple):
     reason: str
 
 
+class Unbuilt:
+    """Stands where an operation has no kernel: what is asked of it is refused by the operation's name."""
+
+    def __init__(self, operation: str) -> None:
+        self._operation = operation
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what Python itself asks of any object
+            raise AttributeError(name)
+        raise UnsupportedError(_unbuilt([self._operation]))
+
+
 REFERENCE = Ops(
     adamw=adamw,
     attention=attention,
@@ -67,19 +81,71 @@ REFERENCE = Ops(
     swiglu=swiglu,
 )
 
+# one line an operation: lora.cuda's module of its name, once that is there
+CUDA = Ops(
+    adamw=Unbuilt("adamw"),
+    attention=Unbuilt("attention"),
+    cached_attention=Unbuilt("cached_attention"),
+    causal_conv1d=Unbuilt("causal_conv1d"),
+    embedding=Unbuilt("embedding"),
+    gated_delta_rule=Unbuilt("gated_delta_rule"),
+    gated_norm=Unbuilt("gated_norm"),
+    lowrank_linear=Unbuilt("lowrank_linear"),
+    pool=Unbuilt("pool"),
+    rmsnorm=Unbuilt("rmsnorm"),
+    rope=Unbuilt("rope"),
+    sigmoid_gate=Unbuilt("sigmoid_gate"),
+    softmax_xent=Unbuilt("softmax_xent"),
+    swiglu=Unbuilt("swiglu"),
+)
+
+_TABLES = {"cpu": REFERENCE, "cuda": CUDA}
+
 
 def implementations(device: str) -> Ops:
-    """Return the modules that run on `device`.
+    """Return the modules that run on `device`, "cpu" or "cuda".
 
     Raises:
-        DeviceError: there is no implementation for the device; nothing falls back in silence.
+        DeviceError: the device has another name, or there is no GPU that kernels run on. Nothing falls back
+            in silence: an operation without a kernel is refused when it is used, and by `require`.
     """
-    if device != "cpu":
-        raise DeviceError(f"device must be 'cpu'; got {device!r}: CUDA kernels are not part of this version")
-    return REFERENCE
+    table = _table(device)
+    if device == "cuda":
+        current_gpu()
+    return table
+
+
+def require(device: str, operations: Iterable[str]) -> None:
+    """Check, before anything is loaded, that each of `operations` has an implementation on `device`.
+
+    Raises:
+        UnsupportedError: one has none; the message names all that have none.
+    """
+    table = _table(device)
+    absent = sorted(name for name in operations if isinstance(getattr(table, name), Unbuilt))
+    if absent:
+        raise UnsupportedError(_unbuilt(absent))
 
 
 def choices(device: str) -> tuple[Choice, ...]:
-    """Return what `implementations(device)` chose for each operation, with the reason."""
-    implementations(device)
-    return tuple(Choice(name, "reference", "NumPy on the host") for name in Ops._fields)
+    """Return what runs each operation on `device`, with the reason; also where that device is not there."""
+    return tuple(_choice(device, name, module) for name, module in _table(device)._asdict().items())
+
+
+def _choice(device: str, name: str, module: Any) -> Choice:
+    if isinstance(module, Unbuilt):
+        return Choice(name, "none", "no CUDA kernel in this version; runs on the CPU alone")
+    if device == "cpu":
+        return Choice(name, "reference", "NumPy on the host")
+    files = sorted({f"kernels/{kernel.file}" for kernel in module.KERNELS})
+    return Choice(name, "cuda", f"compiled from {' and '.join(files)}")
+
+
+def _table(device: str) -> Ops:
+    if device not in _TABLES:
+        raise DeviceError(f"device must be one of {', '.join(map(repr, _TABLES))}; got {device!r}")
+    return _TABLES[device]
+
+
+def _unbuilt(operations: list[str]) -> str:
+    return f"no CUDA kernel in this version for {', '.join(operations)}; use device='cpu'"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lora.backend import Array, compute_dtype, named_stream
-from lora.dispatch import implementations
+from lora.dispatch import implementations, require
 from lora.errors import AdapterError, ContractError, UnsupportedError, UsageError
 from lora.io.checkpoint import Checkpoint, load_weights, open_checkpoint
 from lora.io.hub import resolve
@@ -17,6 +17,7 @@ from lora.io.peft import CONFIG, load_adapter, peft_name
 from lora.model.head import CausalHead, ClassifierHead, Head, Pooling
 from lora.model.head_file import read_head_file
 from lora.model.model import Model
+from lora.model.operations import operations
 from lora.model.parameters import Parameters
 from lora.spec import tensor_shapes
 
@@ -41,7 +42,7 @@ def load(
 
     Args:
         path: a checkpoint's folder, an adapter's folder in PEFT's format, or a hub id.
-        device: "cpu".
+        device: "cpu", or "cuda" for models whose every operation has a kernel.
         dtype: precision of the arithmetic: "float32", "float64" or "bfloat16"; weights stay as stored.
         num_labels: gives the model a classifier's head of so many outputs, new unless the checkpoint has one.
         pooling: "mean" or "last"; None for mean under a new head, and for its own under a stored one.
@@ -64,7 +65,9 @@ def load(
         raise UsageError(f"base = {str(base)!r} is for an adapter's folder, and {folder} holds no {CONFIG}")
     checkpoint = open_checkpoint(folder)
     names = _class_names(num_labels, class_names)
-    weights = _weights(checkpoint, classify=names is not None)
+    classifies = names is not None or SCORE in checkpoint.tensors
+    require(device, operations(checkpoint.spec, classifies=classifies))
+    weights = _weights(checkpoint, classifies=classifies)
     parameters = Parameters(weights, layout=checkpoint.layout)
     head: Head = CausalHead()
     if names is not None or SCORE in parameters.weights:
@@ -104,12 +107,11 @@ def _class_names(num_labels: int | None, class_names: Sequence[str] | None) -> t
     return names
 
 
-def _weights(checkpoint: Checkpoint, *, classify: bool) -> dict[str, Array]:
+def _weights(checkpoint: Checkpoint, *, classifies: bool) -> dict[str, Array]:
     """Return the checked weights; a classifier has a score in the place of a language model's head."""
     expected, optional = tensor_shapes(checkpoint.spec), {SCORE, SCORE_BIAS}
-    classify = classify or SCORE in checkpoint.tensors
-    weights = load_weights(checkpoint, expected, optional | ({LANGUAGE_HEAD} if classify else set()))
-    if classify:
+    weights = load_weights(checkpoint, expected, optional | ({LANGUAGE_HEAD} if classifies else set()))
+    if classifies:
         weights.pop(LANGUAGE_HEAD, None)
     return weights
 
