@@ -9,6 +9,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import lora.backend.memory
+from lora.backend.device import current_gpu
+from lora.errors import DeviceError
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("quick", max_examples=25, derandomize=True, **COMMON)
@@ -35,9 +37,22 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--campaign", action="store_true", help="also run the long campaigns")
+    parser.addoption("--gpu", action="store_true", help="also run what needs a GPU; an error without one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--gpu"):
+        try:
+            current_gpu()
+        except DeviceError as error:
+            raise pytest.UsageError(f"--gpu: {error}") from error
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--gpu"):
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU: pytest --gpu"))
     if config.getoption("--campaign") or "campaign" in (config.getoption("-m") or ""):
         return
     campaigns = [item for item in items if item.get_closest_marker("campaign")]

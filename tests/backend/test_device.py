@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from lora.backend.cubin_cache import cached_cubin
 from lora.backend.device import current_gpu
 from lora.errors import DeviceError, KernelError
 from tests.backend.fake_cupy import DeviceArray, FakeCupy
+from tests.conftest import pytest_configure
 
 SOURCE = """
 #include <cuda_bf16.h>
@@ -121,3 +123,10 @@ def test_without_a_gpu_the_error_says_why(
     monkeypatch.setitem(sys.modules, "cupy", fake)
     with pytest.raises(DeviceError, match=expected):
         current_gpu()
+
+
+def test_asking_for_gpu_tests_without_a_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(pytest.UsageError, match="--gpu: device 'cuda' needs CuPy"):
+        pytest_configure(SimpleNamespace(getoption=lambda name: name == "--gpu"))
+    pytest_configure(SimpleNamespace(getoption=lambda name: False))
