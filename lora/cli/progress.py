@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora.cli.output import listed, note, note_truncated, print_facts
+from lora.cli.output import listed, note, note_truncated, print_facts, size
 from lora.train.callbacks import Callback, EpochDone, Started, StepDone
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -55,14 +55,16 @@ class ProgressLines(Notes):
         print_facts(_facts(event), err=True)
         super().started(event)
         self._steps, self._begin, self._last = event.total_steps, time.monotonic(), float("-inf")
+        self._done = 0  # here: a run that goes on has done others before
 
     def step_done(self, event: StepDone) -> None:
         """Say where the run stands, unless the last line is fresh."""
         now = time.monotonic()
+        self._done += 1
         if now - self._last < SECONDS_BETWEEN_LINES:
             return
         self._last = now
-        left = duration((now - self._begin) / event.step * (self._steps - event.step))
+        left = duration((now - self._begin) / self._done * (self._steps - event.step))
         click.echo(f"step {event.step}/{self._steps}  {_state(event)}  {left} left", err=True)
 
     def epoch_done(self, event: EpochDone) -> None:
@@ -71,7 +73,7 @@ class ProgressLines(Notes):
 
 
 class ProgressBar(Notes):
-    """A bar with loss, learning rate, speed and time left, and a line above it for each epoch."""
+    """A bar with loss, learning rate, speed, peak memory and time left, and a line above it for an epoch."""
 
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
@@ -119,7 +121,13 @@ def _bar() -> Progress:
 
 
 def _state(event: StepDone) -> str:
-    return f"loss {event.loss:.4f}  lr {event.learning_rate:.2e}  {event.tokens_per_second:,.0f} tokens/s"
+    parts = [
+        f"loss {event.loss:.4f}",
+        f"lr {event.learning_rate:.2e}",
+        f"{event.tokens_per_second:,.0f} tokens/s",
+        None if event.peak_memory is None else size(event.peak_memory),
+    ]
+    return "  ".join(part for part in parts if part is not None)
 
 
 def _epoch_line(event: EpochDone) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -161,10 +162,12 @@ def test_ctrl_c_saves_the_last_state_and_says_where(lora, base, rows, tmp_path, 
 def test_on_a_terminal_a_bar_is_drawn(lora, base, rows, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
     outcome = lora("finetune", base, "-d", rows, "-o", tmp_path / "run", *QUICK)
     assert outcome.exit_code == 0
-    assert "4/4" in outcome.err
-    assert "tokens/s" in outcome.err
+    # epoch, bar, steps, loss, learning rate, speed, peak memory, time left
+    state = r"loss \d+\.\d{4}  lr \d\.\d\de-\d\d  [\d,]+ tokens/s  [\d.]+ [MG]B \d+:\d\d:\d\d"
+    assert re.search(rf"epoch 2 \S+ +4/4 {state}", re.sub(r"\x1b\[[\d;?]*\w", "", outcome.err))
     assert "epoch 2: train loss" in outcome.err
 
 
