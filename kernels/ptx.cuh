@@ -66,6 +66,17 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
 #endif
 }
 
+// As cp_async_16, of 8 bytes.
+__device__ __forceinline__ void cp_async_8(uint32_t shared, const void* global, bool valid = true) {
+#ifdef CUDA_CPU
+    cuda_cpu::cp_async_8(shared, global, valid);
+#else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(__cvta_generic_to_global(global)),
+                 "r"(valid ? 8 : 0)
+                 : "memory");
+#endif
+}
+
 // Closes the group of copies that this thread has started since the last one; it may be empty. (cp.async.commit_group)
 __device__ __forceinline__ void cp_async_commit() {
 #ifdef CUDA_CPU
@@ -113,8 +124,19 @@ __device__ __forceinline__ float2 unpack_bf16(uint32_t packed) {
 }
 
 // 16 bytes of global memory, aligned to 16.
-__device__ __forceinline__ uint4 load_16(const void* global) { return *static_cast<const uint4*>(global); }
-__device__ __forceinline__ void store_16(void* global, uint4 value) { *static_cast<uint4*>(global) = value; }
+__device__ __forceinline__ uint4 load_16(const void* global) {
+#ifdef CUDA_CPU
+    cuda_cpu::check_aligned_16(global);
+#endif
+    return *static_cast<const uint4*>(global);
+}
+
+__device__ __forceinline__ void store_16(void* global, uint4 value) {
+#ifdef CUDA_CPU
+    cuda_cpu::check_aligned_16(global);
+#endif
+    *static_cast<uint4*>(global) = value;
+}
 
 // The same for memory that nobody reads again soon: it is the first to leave the caches. (ld.global.cs, st.global.cs)
 __device__ __forceinline__ uint4 load_16_streaming(const void* global) {
