@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from lora.cli.demo import SETTINGS
 from lora.model.loading import load
 
 
@@ -13,7 +14,8 @@ from lora.model.loading import load
 def tiny_demo(base, rows, monkeypatch) -> None:
     embedded = {"base": base, "train.jsonl": rows, "test.jsonl": rows}
     monkeypatch.setattr("lora.assets.asset", lambda room, name: embedded[name])
-    monkeypatch.setattr("lora.cli.demo.SETTINGS", {"epochs": 1, "batch_size": 8})
+    for method in ("lora", "head"):
+        monkeypatch.setitem(SETTINGS, method, {"epochs": 1, "batch_size": 8})
 
 
 def test_json_tells_of_every_step(lora, tmp_path) -> None:

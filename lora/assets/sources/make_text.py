@@ -38,11 +38,11 @@ class Documents:
         return draw[weighted(self.rng, _SHARES)]()
 
     def _explained(self) -> str:
-        """A line and what follows from it: in a comment below, or as a sentence that goes on from it."""
+        """A line, and in a comment below it what follows from it."""
         line = self._source.line()
         while line.text in self.taken:
             line = self._source.line()
-        return self._with_remark(line.text, line.deciding)
+        return self._commented(line.text, line.deciding)
 
     def _manual(self) -> str:
         """The page of one command: a line of each sort, and what follows from it."""
@@ -64,28 +64,23 @@ class Documents:
         )
 
     def _notes(self) -> str:
-        """Some statements, each with a remark."""
+        """Some statements, each with a remark below it."""
         statements = [self._source.statement() for _ in range(pick(self.rng, (2, 3, 4)))]
-        return "\n".join(self._with_remark(statement.text, statement) for statement in statements)
+        return "\n".join(self._commented(statement.text, statement) for statement in statements)
 
-    def _with_remark(self, text: str, statement: Statement) -> str:
-        if statement.ends_its_line or self.rng.random() < 0.5:
-            return f"{text}\n# {self._remark(statement)}"
-        return f"{text} {self._consequence(statement)}."
+    def _commented(self, text: str, statement: Statement) -> str:
+        return f"{text}\n# {self._remark(statement)}"
 
     @property
     def _source(self) -> ShellLines:
         return ShellLines(self.rng, "all")
 
     def _remark(self, statement: Statement, *, does: bool = True) -> str:
-        """Say what a statement does and what follows from it."""
-        sentence = self._consequence(statement)
+        """Say what a statement does and what follows from it, in the words of documentation.yaml."""
+        sentence = pick(self.rng, sentences(statement.kind)).replace("<thing>", statement.thing)
         if does and statement.does and self.rng.random() < 0.7:
             sentence = f"{statement.does}; {sentence}"
         return f"{sentence[0].upper()}{sentence[1:]}."
-
-    def _consequence(self, statement: Statement) -> str:
-        return pick(self.rng, sentences(statement.kind)).replace("<thing>", statement.thing)
 
 
 def texts() -> Iterator[str]:
