@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from lora.backend.sources import reachable
 
 CPP = Path(__file__).parent / "cpp"
 MISSING = "the emulator of CUDA kernels needs g++, and there is none on PATH"
-# contraction would fuse products and sums at the compiler's whim; hidden symbols keep the static shared memory
+# contraction would fuse products and sums here and there; hidden symbols keep the static shared memory
 # of one library apart from that of the next, which may hold a changed copy of the same kernel
 FLAGS = (
     "-std=c++17",
@@ -66,7 +66,8 @@ def symbol(name: str) -> str:
     return f"kernel_{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
-def edited(folder: Path, edits: Iterable[tuple[str, str, str]]) -> Path:
+@cache
+def edited(folder: Path, edits: tuple[tuple[str, str, str], ...]) -> Path:
     """Return a copy of `folder` with each edit (file, old text, new text) made.
 
     Raises:

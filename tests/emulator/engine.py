@@ -1,4 +1,4 @@
-"""An engine for `lora.backend.kernel.using_engine` that executes kernels on the host and shows what a GPU hides.
+"""An engine for `lora.backend.kernel.using_engine`: kernels run on the host, which shows what a GPU hides.
 
 Every array is copied for the launch against a page that nobody may touch, so that an access out of bounds is
 an error and not somebody else's memory; what the kernel only reads cannot be written.
@@ -12,6 +12,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 from lora.assets import asset
@@ -19,8 +20,12 @@ from lora.backend.kernel import Kernel
 from lora.backend.signature import read_signature
 from tests.emulator.build import edited, library, symbol
 from tests.emulator.guarded import Guarded, OutOfBoundsError
+from tests.emulator.pages import stacks
 
 Edit = tuple[str, str, str]  # file, old text, new text
+
+
+_one_at_a_time = Lock()  # the stacks and the handler of faults are the process's
 
 
 class EmulatorError(Exception):
@@ -40,6 +45,7 @@ class _Launch(ctypes.Structure):
         ("threads", ctypes.c_uint),
         ("shared_bytes", ctypes.c_size_t),
         ("seed", ctypes.c_uint64),
+        ("stacks", ctypes.c_void_p),
     )
 
 
@@ -53,9 +59,14 @@ class _Report(ctypes.Structure):
 
 @cache
 def declared_instances(kernel: Kernel) -> tuple[str, ...]:
-    """Return every instance that the launchers of the kernel's file have: they are built together."""
-    module = f"lora.cuda.{Path(kernel.file).stem}"
-    declared = import_module(module).KERNELS if find_spec(module) else ()
+    """Return every instance of the kernel's file that its launchers have: they are built together.
+
+    "attention_backward.cu" belongs to lora.cuda.attention: the stem of an operation, and what it is split in.
+    """
+    words = Path(kernel.file).stem.split("_")
+    modules = (f"lora.cuda.{'_'.join(words[:count])}" for count in range(len(words), 0, -1))
+    module = next(filter(find_spec, modules), None)
+    declared = import_module(module).KERNELS if module else ()
     return tuple(sorted({kernel.name, *(other.name for other in declared if other.file == kernel.file)}))
 
 
@@ -84,7 +95,7 @@ class Emulator:
         instances: Callable[[Kernel], tuple[str, ...]] = declared_instances,
     ) -> None:
         folder = asset("kernels") if kernels is None else kernels
-        self._kernels = edited(folder, edits) if edits else folder
+        self._kernels = edited(folder, tuple(edits)) if edits else folder
         self._instances = launched_instance if edits else instances
         self._seed = seed
         self._reads = self._conflicts = 0
@@ -105,10 +116,10 @@ class Emulator:
         built = library(self._kernels / kernel.file, self._instances(kernel))
         run = getattr(built, symbol(kernel.name))
         written = [parameter.written for parameter in read_signature(kernel.file, kernel.name)]
-        launch = _Launch(grid, kernel.threads, kernel.shared_bytes, self._seed)
+        launch = _Launch(grid, kernel.threads, kernel.shared_bytes, self._seed, stacks())
         report = _Report()
         try:
-            with Guarded(values, written, at_end=self._seed % 2 == 0) as boxes:
+            with _one_at_a_time, Guarded(values, written, at_end=self._seed % 2 == 0) as boxes:
                 addresses = (ctypes.c_void_p * len(boxes))(*map(ctypes.addressof, boxes))
                 if run(ctypes.byref(launch), addresses, len(boxes), ctypes.byref(report)):
                     raise EmulatorError(f"{kernel.name}: {report.error.decode()}")

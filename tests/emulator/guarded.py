@@ -9,13 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-POISON = 0xFF  # every byte of it: NaN in each floating-point format
+from tests.emulator.pages import map_memory, protect, unmap_memory
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+POISON = 0xFF  # every byte of it: NaN in each floating-point format
 
 
 class OutOfBoundsError(Exception):
@@ -43,25 +39,19 @@ class _Copy:
         shift = array.ctypes.data % 16  # kept: on a device too the array is then as aligned as this one
         self._array, self._written = array, written
         self._body = -(-(array.nbytes + shift) // mmap.PAGESIZE) * mmap.PAGESIZE or mmap.PAGESIZE
-        size = self._body + 2 * mmap.PAGESIZE
-        self._map = _libc.mmap(None, size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
-        if self._map == ctypes.c_void_p(-1).value:
-            raise MemoryError(f"cannot map {size} bytes")
+        self._map = map_memory(self._body + 2 * mmap.PAGESIZE)
         begin = self._map + mmap.PAGESIZE
-        self._protect(mmap.PROT_READ | mmap.PROT_WRITE)
+        protect(begin, self._body, mmap.PROT_READ | mmap.PROT_WRITE)
         self._bytes = np.ctypeslib.as_array((ctypes.c_ubyte * self._body).from_address(begin))
         self._bytes[...] = POISON
         self._offset = self._body - -(-(array.nbytes + shift) // 16) * 16 + shift if at_end else shift
         self.address = begin + self._offset
         self._own()[...] = np.frombuffer(array.reshape(-1).view(np.uint8), np.uint8)
         if not written:
-            self._protect(mmap.PROT_READ)
+            protect(begin, self._body, mmap.PROT_READ)
 
     def _own(self) -> np.ndarray:
         return self._bytes[self._offset : self._offset + self._array.nbytes]
-
-    def _protect(self, access: int) -> None:
-        _libc.mprotect(self._map + mmap.PAGESIZE, self._body, access)
 
     def copy_back(self) -> None:
         """Give the array what the kernel wrote.
@@ -77,7 +67,7 @@ class _Copy:
         self._array.reshape(-1).view(np.uint8)[...] = self._own()
 
     def unmap(self) -> None:
-        _libc.munmap(self._map, self._body + 2 * mmap.PAGESIZE)
+        unmap_memory(self._map, self._body + 2 * mmap.PAGESIZE)
 
 
 class Guarded:

@@ -10,6 +10,12 @@ textures = st.sampled_from(TEXTURES)
 seeds = st.integers(0, 2**32 - 1)
 
 
+def widths(low: int, high: int) -> st.SearchStrategy[int]:
+    """Return sizes of a row: small ones, multiples of 8, which kernels read 16 bytes at a time, and any."""
+    small, whole = st.integers(low, min(high, 66)), st.integers(-(-low // 8), high // 8).map(lambda n: 8 * n)
+    return st.one_of(small, whole, st.integers(low, high))
+
+
 def textured(
     rng: np.random.Generator, shape: tuple[int, ...], texture: str, dtype: str = "float64"
 ) -> np.ndarray:

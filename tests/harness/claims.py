@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from lora.contracts import Contract
+from tests.emulator.build import BuildError
 
-BROKEN = (TypeError, NameError, AttributeError)  # what a mutant raises that was written wrongly
+BROKEN = (TypeError, NameError, AttributeError, BuildError)  # what a mutant raises that was written wrongly
 Check = Callable[[Any, Any], None]  # (the implementation under test, one drawn case)
+schedules = st.integers(0, 2**32 - 1)  # in which order the threads of a kernel run, where it is emulated
 
 
 def claim(claim_id: str) -> pytest.MarkDecorator:
@@ -35,7 +38,7 @@ def planted(contract: Contract, checks: Mapping[str, Check], mutants: Mapping[st
     if named != mutants.keys():
         raise ValueError(f"{contract.contract}: kills and mutants differ: {sorted(named ^ mutants.keys())}")
     return [
-        pytest.param(checks[c.id], mutants[bug], id=f"{c.id}-{bug}")
+        pytest.param(checks[c.id], mutants[bug], id=f"{c.id}-{bug}", marks=getattr(mutants[bug], "marks", ()))
         for c in contract.claims
         for bug in c.kills
     ]
@@ -44,6 +47,7 @@ def planted(contract: Contract, checks: Mapping[str, Check], mutants: Mapping[st
 def assert_killed(check: Check, mutant: Any, cases: SearchStrategy[Any]) -> None:
     """Fail unless some case drawn from `cases` makes `check` reject `mutant`.
 
+    A mutant of a kernel has `on`, which gives its functions under a schedule.
     A mutant that cannot even be called is no bug that anybody would make: it fails the test instead.
     """
 
@@ -56,10 +60,11 @@ def assert_killed(check: Check, mutant: Any, cases: SearchStrategy[Any]) -> None
         report_multiple_bugs=False,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
     )
-    @given(cases)
-    def survives(case: Any) -> None:
+    @given(cases if not hasattr(mutant, "on") else st.tuples(cases, schedules))
+    def survives(drawn: Any) -> None:
+        op, case = (mutant.on(drawn[1]), drawn[0]) if hasattr(mutant, "on") else (mutant, drawn)
         with np.errstate(all="ignore"):
-            check(mutant, case)
+            check(op, case)
 
     try:
         survives()

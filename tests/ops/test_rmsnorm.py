@@ -10,16 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lora.cuda.rmsnorm
+from lora.backend import bfloat16
 from lora.contracts import op_contract
 from lora.ops import rmsnorm
 from lora.ops.rmsnorm import Grads
+from tests.harness.agreement import assert_agrees, widened
 from tests.harness.bounds import assert_within
-from tests.harness.cases import seeds, textured, textures
-from tests.harness.claims import assert_killed, claimed, planted
+from tests.harness.cases import seeds, textured, textures, widths
+from tests.harness.claims import assert_killed, planted, schedules
 from tests.harness.gradcheck import assert_gradients
+from tests.harness.implementations import Emulated, implementations, in_float64, tried
 
 CONTRACT = op_contract("rmsnorm")
-IMPLEMENTATIONS = [rmsnorm]
+IMPLEMENTATIONS = implementations(rmsnorm)
 EPS = 1e-6
 
 
@@ -39,13 +43,15 @@ class Case(NamedTuple):
 
 CASES = st.builds(
     Case,
-    *(st.integers(*CONTRACT.domain[axis]) for axis in "ND"),
+    st.integers(*CONTRACT.domain["N"]),
+    widths(*CONTRACT.domain["D"]),
     textures,
     st.booleans(),
     seeds,
 )
 
 
+@in_float64
 def check_gradients(op: Any, case: Case) -> None:
     arrays = case._replace(texture="normal").arrays("float64")
     rng = np.random.default_rng(case.seed + 1)
@@ -90,23 +96,56 @@ def check_inputs_unchanged(op: Any, case: Case) -> None:
     assert (dstream == 1).all()
 
 
+def check_agreement(op: Any, case: Case) -> None:
+    rng, how = np.random.default_rng(case.seed + 1), {"eps": EPS, "zero_centred": case.zero_centred}
+    dtypes = rng.permutation(["bfloat16", "float32"])
+    dtype, stored = (
+        bfloat16 if name == "bfloat16" else np.dtype(name) for name in dtypes[[0, rng.integers(2)]]
+    )
+    arrays = case.arrays(dtype)
+    arrays["weight"] = arrays["weight"].astype(stored)
+    if rng.integers(2):
+        arrays["residual"] = None
+    dy, dstream = (rng.standard_normal((case.n, case.d)).astype(dtype) for _ in range(2))
+    (y, stream), saved = op.forward(**arrays, **how)
+    grads = op.backward(saved, dy, dstream, wants_weight=True)
+    exact = widened(arrays)
+    (y_exact, stream_exact), saved_exact = rmsnorm.forward(**exact, **how)
+    # the gradients are judged at the stream that was stored: rounding moves that first
+    at_stored = saved_exact._replace(stream=np.asarray(stream, "float64"))
+    rows = (at_stored.stream**2).mean(axis=-1, keepdims=True) + EPS
+    at_stored = at_stored._replace(rstd=1 / np.sqrt(rows))
+    grads_exact = rmsnorm.backward(
+        at_stored, dy.astype("float64"), dstream.astype("float64"), wants_weight=True
+    )
+    scale = exact["weight"] + case.zero_centred
+    assert_agrees(y, y_exact, "y")
+    assert_agrees(stream, stream_exact, "stream")
+    assert_agrees(grads.x, grads_exact.x, "dx", terms=abs(at_stored.rstd * dy.astype("float64") * scale) + 1)
+    assert_agrees(grads.weight, grads_exact.weight, "dweight")
+
+
 CHECKS = {
     "RMSNORM-001": check_gradients,
     "RMSNORM-002": check_scaling_changes_no_bit,
     "RMSNORM-003": check_forward,
     "RMSNORM-004": check_inputs_unchanged,
+    "RMSNORM-005": check_agreement,
 }
 
 
-@pytest.mark.parametrize("op", IMPLEMENTATIONS, ids=lambda op: op.__name__)
-@pytest.mark.parametrize("check", claimed(CHECKS))
-@given(case=CASES)
-def test_claim(check: Any, op: Any, case: Case) -> None:
-    check(op, case)
+@pytest.mark.parametrize(("check", "op"), tried(CHECKS, IMPLEMENTATIONS))
+@given(case=CASES, schedule=schedules)
+def test_claim(check: Any, op: Any, case: Case, schedule: int) -> None:
+    check(op.on(schedule), case)
 
 
 def _bug(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**{"forward": rmsnorm.forward, "backward": rmsnorm.backward} | changes)
+
+
+def _kernel_bug(file: str, old: str, new: str) -> Emulated:
+    return Emulated(lora.cuda.rmsnorm, (file, old, new))
 
 
 def _without_projection(saved: Any, dy: Any, dstream: Any, wants_weight: bool = False) -> Grads:
@@ -142,6 +181,23 @@ MUTANTS = {
         )
     ),
     "adds_in_place": _bug(forward=_in_place),
+    "no_barrier_in_the_sum": _kernel_bug(
+        "reduce.cuh", "    __syncthreads();\n    float sum", "    float sum"
+    ),
+    "half_a_warp_in_the_sum": _kernel_bug(
+        "reduce.cuh", "__shfl_xor_sync(WHOLE_WARP", "__shfl_xor_sync(0x0000ffffu"
+    ),
+    "shuffles_too_near": _kernel_bug("reduce.cuh", "step = WARP / 2", "step = WARP / 4"),
+    "stores_past_the_row": _kernel_bug("pack.cuh", "if (column + i < width) row", "row"),
+    "reads_past_the_row": _kernel_bug(
+        "pack.cuh", "column + i < width ? widened(row[column + i]) : 0.0f", "widened(row[column + i])"
+    ),
+    "forgets_eps": _kernel_bug("rmsnorm.cu", " / D + eps)", " / D)"),
+    "scale_of_the_wrong_form": _kernel_bug(
+        "rmsnorm.cu", "zero_centred ? 1.0f : 0.0f", "zero_centred ? 0.0f : 1.0f"
+    ),
+    "rstd_of_another_row": _kernel_bug("rmsnorm.cu", "rstd = rstd_N[blockIdx.x]", "rstd = rstd_N[0]"),
+    "chunks_leave_a_row_out": _kernel_bug("rmsnorm.cu", "min(first + rows, N)", "min(first + rows - 1, N)"),
 }
 
 

@@ -17,7 +17,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))  // alignas may not stand where CUDA C++ writes it
 // one block at a time runs on the one thread that launches, so its shared memory may belong to that thread; this is
 // the one storage class that also stands after `extern` and makes a local variable static
 #define __shared__ thread_local
@@ -222,5 +222,6 @@ bool enter(void (*kernel)(Parameters...), const Launch* launch, void* const* arg
     extern "C" __attribute__((visibility("default"))) int symbol(const cuda_cpu::Launch* launch,                 \
                                                                  void* const* arguments, int count,              \
                                                                  cuda_cpu::Report* report) {                     \
+        cuda_cpu::dynamic_alignment = alignof(dyn_smem);                                                         \
         return !cuda_cpu::enter(__VA_ARGS__, launch, arguments, count, report);                                  \
     }

@@ -5,20 +5,29 @@
 
 namespace cuda_cpu {
 
-constexpr uint32_t SHARED_ORIGIN = 1024;  // an address of 0 is then never valid
+size_t dynamic_alignment = 1;
+
+// Of static and of dynamic shared memory. On a device the dynamic part follows the static one wherever that ends, so
+// that no more may be taken for granted than the alignment that was asked for.
+constexpr uint32_t STATIC_ORIGIN = 1024;  // an address of 0 is then never valid
+static uint32_t dynamic_origin() { return (1u << 20) + static_cast<uint32_t>(dynamic_alignment); }
 
 uint32_t shared_address(const void* pointer) {
     const auto* byte = static_cast<const unsigned char*>(pointer);
     if (byte < shared_memory.begin || byte >= shared_memory.begin + shared_memory.bytes)
         fail("shared_address: the pointer does not lead to shared memory");
-    return SHARED_ORIGIN + static_cast<uint32_t>(byte - shared_memory.begin);
+    if (byte >= dyn_smem && byte < dyn_smem + SHARED_LIMIT)
+        return dynamic_origin() + static_cast<uint32_t>(byte - dyn_smem);
+    return STATIC_ORIGIN + static_cast<uint32_t>(byte - shared_memory.begin);
 }
 
 unsigned char* shared_pointer(uint32_t address, size_t bytes, const char* name) {
     if (address % bytes) fail("misaligned address: %s needs a multiple of %zu", name, bytes);
-    if (address < SHARED_ORIGIN || address + bytes > SHARED_ORIGIN + shared_memory.bytes)
+    if (address >= dynamic_origin() && address + bytes <= dynamic_origin() + SHARED_LIMIT)
+        return dyn_smem + (address - dynamic_origin());
+    if (address < STATIC_ORIGIN || address + bytes > STATIC_ORIGIN + shared_memory.bytes)
         fail("illegal shared memory access: %s at address %u", name, address);
-    return shared_memory.begin + (address - SHARED_ORIGIN);
+    return shared_memory.begin + (address - STATIC_ORIGIN);
 }
 
 static float widened(uint32_t bf16) {

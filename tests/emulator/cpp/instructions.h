@@ -4,6 +4,9 @@
 
 namespace cuda_cpu {
 
+// What the source asks of dyn_smem; its shared address is a multiple of that and of nothing more.
+extern size_t dynamic_alignment;
+
 uint32_t shared_address(const void* pointer);
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void ldmatrix_x4(uint32_t (&r)[4], uint32_t row, bool transposed);

@@ -5,7 +5,6 @@
 #include <link.h>
 #include <setjmp.h>
 #include <signal.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdarg>
@@ -26,8 +25,7 @@ alignas(1024) thread_local unsigned char dyn_smem[cuda_cpu::SHARED_LIMIT + CANAR
 
 namespace cuda_cpu {
 
-constexpr int MAX_THREADS = 1024;
-constexpr size_t STACK = 128 * 1024, PAGE = 4096;
+constexpr size_t PAGE = 4096;
 constexpr int POISON = 0xff;  // every byte of it: NaN in each floating-point format
 
 Fiber* running;
@@ -36,6 +34,7 @@ Report* report;
 SharedMemory shared_memory;
 
 static void* main_stack;
+static unsigned char* stacks;
 static sigjmp_buf fault;
 static void (*kernel_body)(void*);
 static void* kernel_argument;
@@ -243,17 +242,7 @@ static void live() {
     leave_block();
 }
 
-// One guard page below every stack; the stacks are kept between launches, fresh pages would cost more than a kernel.
-static unsigned char* stack_of(int thread) {
-    static unsigned char* stacks = [] {
-        void* map = mmap(nullptr, MAX_THREADS * STACK, PROT_READ | PROT_WRITE,
-                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        auto* first = static_cast<unsigned char*>(map);
-        for (int i = 0; i < MAX_THREADS; i++) mprotect(first + i * STACK, PAGE, PROT_NONE);
-        return first;
-    }();
-    return stacks + thread * STACK;
-}
+static unsigned char* stack_of(int thread) { return stacks + thread * STACK; }
 
 static void prepare_fiber(int thread) {
     Fiber& fiber = fibers[thread];
@@ -374,6 +363,7 @@ bool run(const Launch& launch, void (*body)(void*), void* argument, Report* resu
                  launch.threads, launch.shared_bytes);
         return false;
     }
+    stacks = launch.stacks;
     shared_memory = find_shared_memory();
     FaultHandlers handlers;
     blockDim = dim3(launch.threads);

@@ -6,6 +6,8 @@
 namespace cuda_cpu {
 
 constexpr int LANES = 32;
+constexpr int MAX_THREADS = 1024;  // of a block
+constexpr size_t STACK = 128 * 1024;
 constexpr int SLOT = 64;  // bytes that a lane can bring to a meeting, or take from it
 constexpr size_t SHARED_LIMIT = 232448;  // dynamic shared memory of a block: compute capability 9.0
 
@@ -14,6 +16,7 @@ struct Launch {
     unsigned threads;
     size_t shared_bytes;
     uint64_t seed;  // of the order in which blocks, warps and lanes run; 0 is the natural order
+    unsigned char* stacks;  // MAX_THREADS of STACK bytes each, whose lowest page may not be touched
 };
 
 struct Report {
