@@ -131,8 +131,8 @@ def _cublas(device: int, stream: int) -> Cublas:
 @cache
 def _library() -> ctypes.CDLL:
     # cublasLt first: cuBLAS asks the loader for it by bare name
-    ctypes.CDLL(str(toolkit.library("cublasLt")), mode=ctypes.RTLD_GLOBAL)
-    return ctypes.CDLL(str(toolkit.library("cublas")))
+    toolkit.load(toolkit.library("cublasLt"), ctypes.RTLD_GLOBAL)
+    return toolkit.load(toolkit.library("cublas"))
 
 
 def _operand(matrix: Matrix, batched: bool) -> tuple[Any, ...]:

@@ -148,5 +148,5 @@ def _library() -> ctypes.CDLL:
     path = toolkit.library("nvrtc")
     # NVRTC opens its builtins by bare name, which finds them only where they are loaded already
     for builtins in sorted(path.parent.glob(f"libnvrtc-builtins.so.{path.suffix[1:]}.*")):
-        ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
-    return ctypes.CDLL(str(path))
+        toolkit.load(builtins, ctypes.RTLD_GLOBAL)
+    return toolkit.load(path)

@@ -6,6 +6,7 @@ nvidia/<component>/include (CUDA 12).
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -38,6 +39,18 @@ def library(name: str) -> Path:
             if path.is_file():
                 return path
     raise DeviceError(f"CUDA's lib{name}.so was not found; {ADVICE}")
+
+
+def load(path: Path, mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
+    """Return the library at `path`, loaded.
+
+    Raises:
+        DeviceError: the loader refuses it.
+    """
+    try:
+        return ctypes.CDLL(str(path), mode=mode)
+    except OSError as error:
+        raise DeviceError(f"{path} does not load: {error}; {ADVICE}") from error
 
 
 def headers(major: int) -> Path:

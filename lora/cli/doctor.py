@@ -36,10 +36,18 @@ LABELS = {
     "cores": "Cores",
     "memory_gb": "Memory (GB)",
     "cupy": "CuPy",
-    "cuda_driver": "CUDA driver",
+    "cuda_driver": "CUDA of the driver",
+    "nvrtc": "NVRTC",
+    "cublas": "cuBLAS",
+    "gpu": "GPU",
+    "compute_capability": "Compute capability",
+    "gpu_memory_gb": "GPU memory (GB)",
+    "kernel_cache": "Compiled kernels",
+    "cuda_problems": "Device cuda lacks",
     "hub_offline": "Hub offline",
     "advice": "Advice",
 }
+OPERATIONS = {"cpu": "operations", "cuda": "cuda_operations"}  # keys of what runs each operation, by device
 VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")  # that decide bits
 # what OpenBLAS calls its kernels without AVX-512
 NARROW_CORES = ("Haswell", "Zen", "Sandybridge", "Nehalem")
@@ -53,17 +61,18 @@ def doctor(as_json: bool) -> None:
     if as_json:
         print_json({"status": "diagnosed", **facts})
         return
-    operations = facts.pop("operations")
+    operations = {device: facts.pop(key) for device, key in OPERATIONS.items()}
+    facts["cuda_problems"] = "; ".join(facts["cuda_problems"]) or None
     print_facts({LABELS[name]: _shown(value) for name, value in facts.items()})
-    columns = ("Operation", "Implementation", "Reason")
-    print_table(columns, [tuple(choice.values()) for choice in operations], texts=len(columns))
+    for device, choices in operations.items():
+        columns = (f"Operation on {device}", "Implementation", "Reason")
+        print_table(columns, [tuple(choice.values()) for choice in choices], texts=len(columns))
 
 
 def diagnose() -> dict[str, Any]:
     """Return the facts as JSON values."""
-    from ctypes.util import find_library
-
     from lora.backend import blas_facts
+    from lora.backend.device_facts import device_facts
     from lora.dispatch import choices
 
     blas, features = blas_facts(), _cpu_features()
@@ -78,10 +87,10 @@ def diagnose() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": _memory_gb(),
         "cupy": next((f"{name} {found}" for name in CUPY_WHEELS if (found := _version(name))), None),
-        "cuda_driver": find_library("cuda"),
+        **device_facts()._asdict(),
         "hub_offline": _hub_offline(),
         "advice": _advice(blas, features),
-        "operations": [choice._asdict() for choice in choices("cpu")],
+        **{key: [choice._asdict() for choice in choices(device)] for device, key in OPERATIONS.items()},
     }
 
 
