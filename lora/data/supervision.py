@@ -7,12 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora.data.chat_template import ChatTemplate
+from lora.data.chat_template import ChatTemplate, Span
 from lora.data.instruct import Dialogue
 from lora.data.packed import IGNORED
 from lora.errors import DataError
-
-Span = tuple[int, int]  # characters [start, end)
 
 
 class Supervised(NamedTuple):
@@ -25,20 +23,33 @@ class Supervised(NamedTuple):
 def supervise(dialogue: Dialogue, template: ChatTemplate, eos: str) -> Supervised:
     """Return the row's text with the spans of its assistant's turns, or of its completion and EOS.
 
-    A turn's span begins after what the template writes to prompt it, and ends with what the template writes
-    to end it: the end-of-turn token is learned, the white space after it is not.
+    Where the template marks what is generated, the marks are the spans, as in Transformers: an end-of-turn
+    token outside of them is not learned. Elsewhere a turn's span begins after what the template writes to
+    prompt it, and ends with what the template writes to end it: the end-of-turn token is learned, the white
+    space after it is not.
 
     Raises:
-        DataError: the template fails, or rewrites earlier turns so that a turn cannot be found.
+        DataError: the template fails, marks nothing of the row though it knows marks, or rewrites earlier
+            turns so that a turn cannot be found.
+        FileFormatError: the template takes more steps than one row may.
     """
     if not dialogue.messages:
         start = len(dialogue.prompt)
         ending = "" if dialogue.completion.endswith(eos) else eos
         text = dialogue.prompt + dialogue.completion + ending
         return Supervised(text, ((start, len(text)),))
+    if template.marks_turns:
+        return _marked_by_its_author(dialogue, template)
     text = template.render(dialogue.messages, dialogue.tools)
     turns = (i for i, message in enumerate(dialogue.messages) if message["role"] == "assistant")
     return Supervised(text, tuple(_span(dialogue, template, text, turn) for turn in turns))
+
+
+def _marked_by_its_author(dialogue: Dialogue, template: ChatTemplate) -> Supervised:
+    text, spans = template.render_marked(dialogue.messages, dialogue.tools)
+    if not spans:
+        raise DataError("the chat template marks generated text, and none in this row: nothing is learned")
+    return Supervised(text, spans)
 
 
 def _span(dialogue: Dialogue, template: ChatTemplate, text: str, turn: int) -> Span:

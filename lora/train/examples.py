@@ -18,7 +18,7 @@ from lora.data.packed import IGNORED, Packed, pack, pack_causal
 from lora.data.rows import SHOWN, scan_jsonl
 from lora.data.supervision import supervise, token_labels
 from lora.data.tokenizer import Tokenizer
-from lora.errors import DataError
+from lora.errors import DataError, FileFormatError
 
 TASKS_BY_FIELD = {
     "label": "classify",
@@ -133,6 +133,7 @@ def tokenise(
     Raises:
         DataError: a row holds no token, or a causal row only one: there is nothing to predict.
             Or an instruction's row that the template fails on, or of which nothing learned is left.
+        FileFormatError: the template takes more steps than one row may.
     """
     if isinstance(data, InstructData):
         return _tokenise_instructions(data, tokenizer, max_seq_len, template or ChatTemplate(CHATML))
@@ -154,6 +155,8 @@ def _tokenise_instructions(
             rows.append(supervise(dialogue, template, tokenizer.eos_token))
         except DataError as error:
             problems.append(f"line {line}: {error}")
+        except FileFormatError as error:  # the template's own fault, which no other row can mend
+            raise FileFormatError(f"line {line}: {error}") from error
     if problems:
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise DataError("\n  ".join([*problems[:SHOWN], *more]))

@@ -82,6 +82,21 @@ def check_every_turn(tested: Any, case: Case) -> None:
         place = end + 1
 
 
+# its author leaves the end of a turn out of what is generated
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+)
+
+
+def check_marks(tested: Any, case: Case) -> None:
+    messages = conversation(case)
+    row = tested.supervise(Dialogue(tuple(messages), None, "", ""), ChatTemplate(MARKED), "")
+    assert row.text == ChatTemplate(CHATML).render(messages)
+    assert [row.text[start:end] for start, end in row.spans] == [answered for _, answered in case.said]
+
+
 def check_cut(tested: Any, case: Case) -> None:
     data = InstructData((Dialogue(tuple(conversation(case)), None, "", ""),), (7,))
     whole = module.tokenise(data, TOKENIZER, 10**6)
@@ -102,6 +117,7 @@ CHECKS = {
     "INSTRUCT-002": check_hand_written_spans,
     "INSTRUCT-003": check_every_turn,
     "INSTRUCT-004": check_cut,
+    "INSTRUCT-005": check_marks,
 }
 SAID = st.one_of(
     st.text(min_size=1, max_size=6),
@@ -167,7 +183,20 @@ def counts_no_cut(data: InstructData, tokenizer: Tokenizer, max_seq_len: int) ->
     return replace(module.tokenise(data, tokenizer, max_seq_len), truncated=0)
 
 
+def ignores_the_marks(dialogue: Dialogue, template: ChatTemplate, eos: str) -> Supervised:
+    source = template.source.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    source += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    return supervision.supervise(dialogue, ChatTemplate(source), eos)
+
+
+def leaves_the_marks(dialogue: Dialogue, template: ChatTemplate, eos: str) -> Supervised:
+    row = supervision.supervise(dialogue, template, eos)
+    return row._replace(text=template._text(dialogue.messages, None, ("\x02", "\x03")))
+
+
 MUTANTS = {
+    "ignores_the_marks": changed(supervise=ignores_the_marks),
+    "leaves_the_marks_in_the_text": changed(supervise=leaves_the_marks),
     "escapes_html": alteration(
         lambda e: e.filters.update(
             tojson=lambda value: json.dumps(value, ensure_ascii=False).replace("<", "&lt;")
