@@ -24,6 +24,7 @@ from lora.cli.generate import generate
 from lora.cli.inspect import inspect
 from lora.cli.merge import merge
 from lora.cli.predict import predict
+from lora.cli.report import report
 
 
 class Commands(click.Group):
@@ -61,7 +62,7 @@ def lora(ctx: click.Context) -> None:
         ctx.exit(2)
 
 
-for _command in (demo, finetune, evaluate, predict, generate, chat, merge, convert, inspect, doctor):
+for _command in (demo, finetune, report, evaluate, predict, generate, chat, merge, convert, inspect, doctor):
     lora.add_command(_command)
 
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lora.cli.output import listed, note, note_truncated, print_facts, size
 from lora.train.callbacks import Callback, EpochDone, Started, StepDone
+from lora.train.duration import duration
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -97,15 +98,6 @@ class ProgressBar(Notes):
         """Take the bar away and say it."""
         self._bar.stop()
         super().said(message)
-
-
-def duration(seconds: float) -> str:
-    """Return `seconds` as a reader wants them: 42 s, 3 min 20 s, 2 h 05 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 1:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"
-    hours, minutes_left = divmod(minutes, 60)
-    return f"{hours} h {minutes_left:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 def _bar() -> Progress:

@@ -237,10 +237,15 @@ def _top_confusions(confusion: np.ndarray, names: Sequence[str]) -> tuple[Confus
     )
 
 
-def _calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Return Σ_b n_b/n · |accuracy_b - confidence_b| over equal bins (low, high]."""
+def calibration_bin(confidence: np.ndarray) -> np.ndarray:
+    """Return which of the equal bins (low, high] of [0, 1] each confidence [n] falls into, [n] integers."""
     edges = np.arange(1, CALIBRATION_BINS) / CALIBRATION_BINS
-    bins = np.digitize(confidence, edges, right=True)
+    return np.digitize(confidence, edges, right=True)
+
+
+def _calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
+    """Return Σ_b n_b/n · |accuracy_b - confidence_b| over the bins."""
+    bins = calibration_bin(confidence)
     # n_b · |accuracy_b - confidence_b| is |Σ right - Σ confidence| over the bin, 0 where it is empty
     gaps = np.bincount(bins, weights=right - confidence, minlength=CALIBRATION_BINS)
     return float(np.abs(gaps).sum() / len(confidence))
