@@ -78,4 +78,4 @@ class WriteError(LoraError):
 
 
 class LoraWarning(UserWarning):
-    """Something was done as asked, and another program will read it otherwise."""
+    """Something was done as asked, and is not what one might take it for: the message says in which way."""

@@ -104,7 +104,9 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str) -> str | tu
     type=float,
     help="Share of each target spread over all classes; in training alone, so not in the validation loss.",
 )
+@setting("--save-steps", type=int, help="Steps between the states that --resume goes on from.")
 @setting("--save-every", type=int, default="1 up to 5 epochs, else 5", help="Epochs between kept states.")
+@setting("--keep", type=int, help="Newest kept states; the best and the last to go on from always stay.")
 @setting(
     "--model-size", metavar="SIZE", help="A published size, for example 0.5B: of MODEL, or in its place."
 )
@@ -122,6 +124,8 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str) -> str | tu
 )
 @click.option("--plan", is_flag=True, help="Say what the run would take. Nothing is loaded or written.")
 @click.option("--vram", type=float, show_default="16.0", help="GB that the plan may use.")
+@click.option("--resume", is_flag=True, help="Go on with the run in DIR, bit for bit; or begin it, aloud.")
+@click.option("--allow-data-mismatch", is_flag=True, help="With --resume: though the rows have changed.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @output_options
 def finetune(
@@ -130,6 +134,8 @@ def finetune(
     output: str,
     plan: bool,
     vram: float | None,
+    resume: bool,
+    allow_data_mismatch: bool,
     quiet: bool,
     as_json: bool,
     **settings: Any,
@@ -142,6 +148,8 @@ def finetune(
     config = FinetuneConfig(**settings)
     refuse_apr(model, output)
     if plan:
+        if resume or allow_data_mismatch:
+            raise UsageError("--resume goes on with a run, and --plan starts none")
         _plan(config, model, data, vram, as_json=as_json)
         return
     if vram is not None:
@@ -153,8 +161,9 @@ def finetune(
     from lora.cli.progress import progress
     from lora.train.finetune import finetune as train
 
+    going_on = {"resume": resume, "allow_data_mismatch": allow_data_mismatch}
     with progress(quiet=quiet) as callback:
-        run = train(inputs.model, inputs.data, output=output, callbacks=[callback], **settings)
+        run = train(inputs.model, inputs.data, output=output, callbacks=[callback], **going_on, **settings)
     if as_json:
         print_json(run.as_dict() | {"base_model": str(inputs.model), "data": str(inputs.data)})
     else:

@@ -83,7 +83,8 @@ class ProgressBar(Notes):
         """Say what is trained on what, and draw the bar."""
         print_facts(_facts(event), err=True)
         super().started(event)
-        self._task = self._bar.add_task("", total=event.total_steps, epoch=1, state="")
+        done, total = event.done_steps, event.total_steps
+        self._task = self._bar.add_task("", total=total, completed=done, epoch=1, state="")
         self._bar.start()
 
     def step_done(self, event: StepDone) -> None:
@@ -132,6 +133,7 @@ def _epoch_line(event: EpochDone) -> str:
 
 def _facts(event: Started) -> dict[str, Any]:
     classes, weights = event.class_names, event.class_weights
+    done = f" ({event.done_steps:,} of them done before)" if event.done_steps else ""
     repeats = f" ({event.repeated_rows:,} of them repeats of rare classes)" if event.repeated_rows else ""
     return {
         "Task": event.task,
@@ -139,6 +141,6 @@ def _facts(event: Started) -> dict[str, Any]:
         "Class weights": listed([f"{weight:.3f}" for weight in weights]) if weights else None,
         "Rows": f"{event.train_rows:,} to train on{repeats}, {event.validation_rows:,} to validate",
         "Method": f"{event.method}, {event.trainable_parameters:,} trainable parameters",
-        "Steps": f"{event.total_steps:,}",
+        "Steps": f"{event.total_steps:,}{done}",
         "Output": event.output,
     }

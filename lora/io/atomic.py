@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ from pathlib import Path
 from lora.errors import WriteError
 
 _number = itertools.count()
+_PARTIAL = re.compile(r"\..+\.\d+-\d+\.partial")
 
 
 @contextmanager
@@ -72,14 +74,39 @@ def replace_folder(folder: Path, *, owns: tuple[str, ...] = ("*",)) -> Iterator[
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove `folder`, if it is there: it is gone at once, and after a kill never there by half.
+
+    Raises:
+        WriteError: it cannot be removed.
+    """
+    if folder.is_dir():
+        with _reported(folder):
+            old = _beside(folder)
+            os.replace(folder, old)
+            shutil.rmtree(old)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove from `folder` what a write was killed over; none may be running there now.
+
+    Raises:
+        WriteError: something cannot be removed.
+    """
+    with _reported(folder):
+        for path in folder.iterdir():
+            if _PARTIAL.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _swap(new: Path, folder: Path, old: Path, owns: tuple[str, ...]) -> None:
     existed = folder.exists()
     if existed:
         os.replace(folder, old)
     try:
         os.replace(new, folder)
-    except OSError:
-        if existed:
+    except BaseException:  # Ctrl-C too
+        if existed and not folder.exists():
             os.replace(old, folder)
         raise
     if existed:

@@ -19,6 +19,7 @@ class Started:
     truncated_rows: int
     max_seq_len: int
     total_steps: int
+    done_steps: int  # of a run that goes on; 0 of a new one
     trainable_parameters: int
     class_names: tuple[str, ...]
     class_weights: tuple[float, ...] | None

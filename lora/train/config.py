@@ -14,6 +14,7 @@ Pooling = Literal["mean", "last"]
 Layout = Literal["text", "multimodal"]
 ClassWeights = Literal["auto", "uniform", "sqrt_inverse", "inverse_freq"]
 NOT_BUILT = {"method": ("qlora",)}
+KEPT_EPOCHS = 5  # runs of up to this many epochs keep every epoch's state, longer ones every fifth
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class FinetuneConfig:
     class_weights: ClassWeights = "auto"
     oversample: bool = False  # repeat training rows of rare classes until all classes are equal
     label_smoothing: float = 0.0  # of the training loss; validation is not smoothed
+    save_steps: int = 50  # optimizer steps between the states that a killed run goes on from
     save_every: int | None = None  # epochs; None: each of up to 5, else every 5th
+    keep: int = 5  # newest states of save_every; the best one and the one to go on from always stay
     layout: Layout | None = None  # of the adapter's tensor names; None: the base's own
     model_size: str | None = None  # a published size that the checkpoint must have
     device: str = "cpu"
@@ -94,11 +97,17 @@ class FinetuneConfig:
                 ", ".join(get_args(ClassWeights)),
             ),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "0 or more, less than 1"),
+            ("save_steps", _whole(self.save_steps, 1), "a whole number of 1 or more"),
             ("save_every", self.save_every is None or _whole(self.save_every, 1), "1 or more"),
+            ("keep", _whole(self.keep, 1), "a whole number of 1 or more"),
             ("layout", self.layout in (None, *get_args(Layout)), "text or multimodal"),
             ("device", self.device in ("cpu", "cuda"), "cpu or cuda"),
             ("dtype", self.dtype in ("float64", "float32", "bfloat16"), "float64, float32 or bfloat16"),
         ]
+
+    def epochs_between_states(self) -> int:
+        """Return after how many epochs a state is kept."""
+        return self.save_every or (1 if self.epochs <= KEPT_EPOCHS else KEPT_EPOCHS)
 
     def lora_config(self) -> LoraConfig:
         """Return the adapter's configuration."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lora.data.classify import ClassifyData
 from lora.data.split import stratified_split
 from lora.data.tokenizer import Tokenizer
 from lora.dispatch import choices
-from lora.errors import LoraWarning, MissingFileError, UsageError, ValidationError, WriteError
+from lora.errors import LoraWarning, MissingFileError, UsageError
 from lora.estimate import Plan, plan
 from lora.io.checkpoint import read_config
 from lora.io.hub import require_path, resolve
@@ -29,14 +29,16 @@ from lora.train.callbacks import Callback, Started
 from lora.train.class_weights import class_weights
 from lora.train.config import FinetuneConfig
 from lora.train.examples import Data, Examples, data_hash, detect_task, read_data, tokenise
+from lora.train.identity import check_same_run, run_identity
 from lora.train.loop import Loop, Progress
-from lora.train.metrics_csv import MetricsCsv
-from lora.train.metrics_file import MetricsFile
 from lora.train.model_card import CARD_SETTINGS, base_hash, epoch_facts, write_model_card
+from lora.train.optimizer import AdamW
 from lora.train.oversampling import oversampled
 from lora.train.recipe import RECIPE_FILE, write_recipe
-from lora.train.run import RUN_FILE, Run, write_run_file
-from lora.train.tensorboard import FOLDER, TensorBoard, require_tensorboard
+from lora.train.run import Run, write_run_file
+from lora.train.run_folder import LAST, RunFolder, refuse_another_run, state_to_resume
+from lora.train.state import STATE_FILE, State
+from lora.train.tensorboard import require_tensorboard
 
 PLANNED = (  # the settings that memory depends on
     "task",
@@ -49,6 +51,7 @@ PLANNED = (  # the settings that memory depends on
     "batch_size",
     "max_seq_len",
     "grad_accum",
+    "packing",
 )
 
 
@@ -58,6 +61,7 @@ class Prepared:
 
     config: FinetuneConfig  # task and method decided
     base: str  # what the adapter will call it
+    folder: Path  # of the base
     data_path: Path
     plan: Plan
     data: Data
@@ -71,6 +75,8 @@ def finetune(
     task: str | None = None,
     output: str | Path = "checkpoints",
     *,
+    resume: bool = False,
+    allow_data_mismatch: bool = False,
     callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> Run:
@@ -81,9 +87,12 @@ def finetune(
         data: JSON Lines: {"input", "label"} to classify, {"text"} for a causal model; {"messages"},
             {"instruction", "response"} or {"prompt", "completion"} to instruct.
         task: "classify", "causal" or "instruct"; None for what the first row's fields say.
-        output: a folder; `best/`, `epoch-N/`, `metrics.jsonl`, `metrics.csv`, `run.json` and `recipe.yaml` go
-            into it. `lora.finetune(**lora.read_recipe("recipe.yaml") | {"output": "again"})` repeats the
-            run.
+        output: a folder; `best/`, `epoch-N/`, `metrics.jsonl`, `metrics.csv`, `run.json`, `recipe.yaml` and
+            the state that a killed run goes on from are written into it.
+            `lora.finetune(**lora.read_recipe("recipe.yaml") | {"output": "again"})` repeats the run.
+        resume: go on with the run in `output`, in the bits of a run that never ended on the same machine;
+            where none has begun, a new one is started, with a warning.
+        allow_data_mismatch: go on though the rows have changed since.
         callbacks: told, in this order, of the start, of every step and of every epoch; an error that one
             raises ends the run and is passed on as it is.
         **settings: fields of `FinetuneConfig`.
@@ -91,16 +100,28 @@ def finetune(
     Returns:
         The run's outcome, with the path of its best state.
 
+    Warns:
+        LoraWarning: there is nothing to resume; or NumPy, its BLAS or the threads are not those that the run
+            began with, and the last bits may differ.
+
     Raises:
         LoraError: settings, files, rows, configuration or weights are not as they must be, checked in this
             order; nothing is written before all of them are.
         DivergedError: a loss or gradient is no longer finite.
     """
-    config = _config(task, settings)
-    _refuse_another_run(Path(output))
+    config, output = _config(task, settings), Path(output)
+    if allow_data_mismatch and not resume:
+        raise UsageError("allow_data_mismatch belongs to resume")
+    if not resume:
+        refuse_another_run(output)
     prepared = prepare(config, model, Path(data))
+    identity = run_identity(prepared, model)
+    state = state_to_resume(output) if resume else None
+    if state is not None:
+        before = state.facts["identity"]
+        check_same_run(output, before, identity, allow_data_mismatch=allow_data_mismatch)
     loaded = _trainable_model(model, prepared)
-    return _train(loaded, prepared, Path(output), list(callbacks))
+    return _train(loaded, prepared, output, list(callbacks), identity, state)
 
 
 def prepare(config: FinetuneConfig, model: Model | str | Path, data: Path) -> Prepared:
@@ -130,13 +151,7 @@ def prepare(config: FinetuneConfig, model: Model | str | Path, data: Path) -> Pr
     config = replace(config, method=planned.workload.method)
     _check_layout(config, spec)
     base = model.base_name if isinstance(model, Model) else base_name(model)
-    return Prepared(config, base, data, planned, rows, examples, class_names)
-
-
-def _refuse_another_run(output: Path) -> None:
-    """Refuse a folder that another run has written: its states and ours would be told apart by nobody."""
-    if (output / RUN_FILE).exists():
-        raise ValidationError(f"{output} holds another run ({RUN_FILE}); name another output, or remove it")
+    return Prepared(config, base, folder, data, planned, rows, examples, class_names)
 
 
 def _check_layout(config: FinetuneConfig, spec: ModelSpec) -> None:
@@ -186,7 +201,14 @@ def _trainable_model(model: Model | str | Path, prepared: Prepared) -> Model:
     return model
 
 
-def _train(model: Model, prepared: Prepared, output: Path, callbacks: list[Callback]) -> Run:
+def _train(
+    model: Model,
+    prepared: Prepared,
+    output: Path,
+    callbacks: list[Callback],
+    identity: dict[str, Any],
+    state: State | None,
+) -> Run:
     config, examples = prepared.config, prepared.examples
     labels = len(examples) if examples.labels is None else examples.labels
     train_rows, validation_rows = stratified_split(labels, config.val_split, config.seed)
@@ -195,11 +217,18 @@ def _train(model: Model, prepared: Prepared, output: Path, callbacks: list[Callb
         train_rows = train_rows[oversampled(np.asarray(labels)[train_rows], config.seed)]
     train, validation = examples.subset(train_rows), examples.subset(validation_rows)
     weights = _class_weights(config, train, prepared.class_names)
-    _make_folder(output)
-    files = _metrics_files(output, config)
     facts: dict[str, Any] = {"data_hash": data_hash(prepared.data), "base": prepared.base}
     facts |= {"base_hash": base_hash(model.checkpoint.folder), "rows": len(examples)}
     facts |= {"training": {name: getattr(config, name) for name in CARD_SETTINGS}}
+    optimizer = AdamW(model, config.learning_rate, weight_decay=config.weight_decay)
+    folder = RunFolder.begin(
+        output,
+        config,
+        optimizer,
+        identity,
+        state,
+        write=lambda path: _save(model, config, path, facts, folder.progress),
+    )
     loop = Loop(
         model,
         config,
@@ -207,49 +236,43 @@ def _train(model: Model, prepared: Prepared, output: Path, callbacks: list[Callb
         validation,
         weights,
         prepared.plan.micro_batch_tokens,
-        [*callbacks, *files],
-        save=lambda name: _save(model, config, output / name, facts, loop.progress),
+        callbacks,
+        folder.save,
+        optimizer,
+        folder.records,
+        folder.checkpoint,
+        folder.progress,
     )
     started = _started(loop, prepared, output, repeated_rows=len(train_rows) - once)
-    write_run_file(output, _run_facts(config, prepared, facts))
-    write_recipe(output / RECIPE_FILE, prepared.base, prepared.data_path, output, config)
-    for callback in callbacks:
-        callback.started(started)
-    begin = time.perf_counter()
-    try:
-        progress = loop.run()
-    except KeyboardInterrupt:
-        _save(model, config, output / "last", facts, loop.progress)
+    with closing(folder):
+        # the state before the record: where a record is, there is a state to go on from
+        folder.checkpoint()
+        write_run_file(output, _run_facts(config, prepared, facts) | {"parts": folder.parts})
+        write_recipe(output / RECIPE_FILE, prepared.base, prepared.data_path, output, config)
         for callback in callbacks:
-            callback.said(f"interrupted after step {loop.progress.step}: the state is in {output / 'last'}")
+            callback.started(started)
+        _run(loop, folder)
+    return _outcome(started, loop, folder.seconds())
+
+
+def _run(loop: Loop, folder: RunFolder) -> None:
+    try:
+        loop.run()
+    except KeyboardInterrupt:
+        folder.checkpoint()
+        folder.save(LAST)
+        for callback in loop.callbacks:
+            callback.said(
+                f"interrupted after step {loop.progress.step}: the same command with --resume goes on from "
+                f"{folder.path / STATE_FILE}; what is trained so far is in {folder.path / LAST}"
+            )
         raise
-    finally:
-        for file in files:
-            file.close()
-    return _outcome(started, progress, loop, time.perf_counter() - begin)
 
 
 def _class_weights(config: FinetuneConfig, train: Examples, class_names: tuple[str, ...]) -> Array | None:
     if train.labels is None:
         return None
     return class_weights(train.labels, len(class_names), config.class_weights)
-
-
-def _metrics_files(output: Path, config: FinetuneConfig) -> list[MetricsFile | MetricsCsv | TensorBoard]:
-    files: list[MetricsFile | MetricsCsv | TensorBoard] = [
-        MetricsFile(output / "metrics.jsonl"),
-        MetricsCsv(output / "metrics.csv"),
-    ]
-    if config.tensorboard:
-        files.append(TensorBoard(output / FOLDER))
-    return files
-
-
-def _make_folder(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WriteError(f"{output}: the folder cannot be made: {error.strerror}") from error
 
 
 def _save(
@@ -277,6 +300,7 @@ def _started(loop: Loop, prepared: Prepared, output: Path, *, repeated_rows: int
         truncated_rows=prepared.examples.truncated,
         max_seq_len=prepared.config.max_seq_len,
         total_steps=loop.total_steps,
+        done_steps=loop.progress.step,
         trainable_parameters=sum(array.size for array in loop.model.trainable().values()),
         class_names=prepared.class_names,
         class_weights=None if weights is None else tuple(np.round(weights, 6).tolist()),
@@ -302,7 +326,8 @@ def _run_facts(config: FinetuneConfig, prepared: Prepared, facts: dict[str, Any]
     }
 
 
-def _outcome(started: Started, progress: Progress, loop: Loop, seconds: float) -> Run:
+def _outcome(started: Started, loop: Loop, seconds: float) -> Run:
+    progress = loop.progress
     rows = len(progress.epochs) * len(loop.train)
     best = progress.best
     return Run(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -19,21 +20,54 @@ from lora.model.model import Model
 from lora.train.callbacks import Callback, EpochDone, StepDone
 from lora.train.config import FinetuneConfig
 from lora.train.examples import Examples
+from lora.train.interrupts import Held
 from lora.train.optimizer import AdamW
 from lora.train.schedule import warmup_cosine
 from lora.train.step import StepReport, train_step
 
-KEPT_EPOCHS = 5  # runs of up to this many epochs keep every epoch's state, longer ones every fifth
+
+@dataclass
+class EpochSums:
+    """What the steps of the epoch that runs now add up to."""
+
+    steps: int = 0
+    loss: float = 0.0  # times counted, in nats
+    correct: int = 0
+    counted: int = 0
+    seconds: float = 0.0  # in steps
+
+    def add(self, report: StepReport, seconds: float) -> None:
+        """Add a step's share."""
+        self.steps += 1
+        self.loss += report.loss * report.counted
+        self.correct += report.correct
+        self.counted += report.counted
+        self.seconds += seconds
 
 
 @dataclass
 class Progress:
-    """Where a run stands."""
+    """Where a run stands: with the trained arrays and their moments, all that the rest of it depends on."""
 
     epochs: list[EpochDone] = field(default_factory=list)
     best: EpochDone | None = None
     step: int = 0
     stopped_early: bool = False
+    seconds: float = 0.0  # of all processes that have trained it, up to the last state that was written
+    sums: EpochSums = field(default_factory=EpochSums)
+    unsaved: list[str] = field(default_factory=list)  # states of the last epoch that are to be kept
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Progress:
+        """Return the progress that `as_dict` described."""
+        epochs = [EpochDone(**epoch) for epoch in fields["epochs"]]
+        best = None if fields["best"] is None else EpochDone(**fields["best"])
+        sums = EpochSums(**fields["sums"])
+        return cls(**{**fields, "epochs": epochs, "best": best, "sums": sums})
 
 
 @dataclass
@@ -48,6 +82,9 @@ class Loop:
     micro_tokens: int
     callbacks: Sequence[Callback]
     save: Callable[[str], None]
+    optimizer: AdamW
+    records: Sequence[Callback]  # files that the state counts on: a step and its row are there, or neither
+    checkpoint: Callable[[], None]  # writes the state that a killed run goes on from
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -63,22 +100,24 @@ class Loop:
 
     def run(self) -> Progress:
         """Train until the last epoch, or until `patience` epochs have brought no better validation loss."""
-        optimizer = AdamW(self.model, self.config.learning_rate, weight_decay=self.config.weight_decay)
-        for epoch in range(1, self.config.epochs + 1):
-            done = self._epoch(epoch, optimizer)
-            self._remember(done)
-            if done.epoch - self._best_epoch() >= self.config.patience and epoch < self.config.epochs:
-                self.progress.stopped_early = True
-                break
+        self._save_kept()
+        while not self._is_over():
+            self._finish(self._epoch(len(self.progress.epochs) + 1))
         return self.progress
 
-    def _epoch(self, epoch: int, optimizer: AdamW) -> EpochDone:
-        start = time.perf_counter()
-        reports = []
-        for rows in self._steps(epoch):
-            reports.append(self._step(epoch, optimizer, rows))
-        seconds = time.perf_counter() - start
-        counted = sum(report.counted for report in reports)
+    def _is_over(self) -> bool:
+        done = len(self.progress.epochs)
+        if done < self.config.epochs and done - self._best_epoch() >= self.config.patience:
+            self.progress.stopped_early = True
+        return done == self.config.epochs or self.progress.stopped_early
+
+    def _epoch(self, epoch: int) -> EpochDone:
+        # a run that goes on in the middle of an epoch has its first steps behind it
+        for rows in self._steps(epoch)[self.progress.sums.steps :]:
+            self._step(epoch, rows)
+            if self.progress.step % self.config.save_steps == 0:
+                self.checkpoint()
+        start, sums = time.perf_counter(), self.progress.sums
         val_loss, val_accuracy = evaluate_loss(
             self.model, self.validation, self.config.batch_size, self.micro_tokens, self.class_weights
         )
@@ -88,13 +127,13 @@ class Loop:
             )
         return EpochDone(
             epoch=epoch,
-            train_loss=sum(report.loss * report.counted for report in reports) / counted,
+            train_loss=sums.loss / sums.counted,
             val_loss=val_loss,
-            train_accuracy=sum(report.correct for report in reports) / counted,
+            train_accuracy=sums.correct / sums.counted,
             val_accuracy=val_accuracy,
             learning_rate=self._learning_rate(self.progress.step - 1),
-            epoch_time_ms=round(1000 * (time.perf_counter() - start)),
-            samples_per_sec=len(self.train) / seconds,
+            epoch_time_ms=round(1000 * (sums.seconds + time.perf_counter() - start)),
+            samples_per_sec=len(self.train) / sums.seconds,
             best=self.progress.best is None or val_loss < self.progress.best.val_loss,
         )
 
@@ -105,45 +144,66 @@ class Loop:
         steps = [batches[first : first + accum] for first in range(0, len(batches), accum)]
         return longest_first(steps, self.train.lengths, self.micro_tokens) if epoch == 1 else steps
 
-    def _step(self, epoch: int, optimizer: AdamW, rows: Sequence[Array]) -> StepReport:
+    def _step(self, epoch: int, rows: Sequence[Array]) -> None:
         start, lr = time.perf_counter(), self._learning_rate(self.progress.step)
-        report = train_step(
-            self.model,
-            optimizer,
-            [self.train.batch(batch) for batch in rows],
-            lr=lr,
-            clip=self.config.clip,
-            micro_tokens=self.micro_tokens,
-            packing=self.config.packing,
-            class_weights=self.class_weights,
-            label_smoothing=self.config.label_smoothing,
-        )
-        self.progress.step += 1
-        rate = report.tokens / (time.perf_counter() - start)
-        event = StepDone(
-            self.progress.step,
-            epoch,
-            report.loss,
-            lr,
-            report.gradient_norm,
-            report.tokens,
-            rate,
-            peak_memory(),
-        )
+        with Held() as held:
+            report = train_step(
+                self.model,
+                self.optimizer,
+                [self.train.batch(batch) for batch in rows],
+                lr=lr,
+                clip=self.config.clip,
+                micro_tokens=self.micro_tokens,
+                packing=self.config.packing,
+                class_weights=self.class_weights,
+                label_smoothing=self.config.label_smoothing,
+                before_move=held.begin,
+            )
+            seconds = time.perf_counter() - start
+            self.progress.step += 1
+            self.progress.sums.add(report, seconds)
+            event = StepDone(
+                self.progress.step,
+                epoch,
+                report.loss,
+                lr,
+                report.gradient_norm,
+                report.tokens,
+                report.tokens / seconds,
+                peak_memory(),
+            )
+            for record in self.records:
+                record.step_done(event)
         for callback in self.callbacks:
             callback.step_done(event)
-        return report
 
-    def _remember(self, done: EpochDone) -> None:
-        self.progress.epochs.append(done)
-        if done.best:
-            self.progress.best = done
-            self.save("best")
-        every = self.config.save_every or (1 if self.config.epochs <= KEPT_EPOCHS else KEPT_EPOCHS)
-        if done.epoch % every == 0:
-            self.save(f"epoch-{done.epoch}")
+    def _finish(self, done: EpochDone) -> None:
+        with Held() as held:
+            held.begin()
+            self.progress.epochs.append(done)
+            self.progress.sums = EpochSums()
+            if done.best:
+                self.progress.best = done
+            self.progress.unsaved = self._kept_states(done)
+            for record in self.records:
+                record.epoch_done(done)
+        # first: a run that is killed over the states that are kept can write them again
+        self.checkpoint()
+        self._save_kept()
         for callback in self.callbacks:
             callback.epoch_done(done)
+
+    def _kept_states(self, done: EpochDone) -> list[str]:
+        every = self.config.epochs_between_states()
+        periodic = [f"epoch-{done.epoch}"] if done.epoch % every == 0 else []
+        return ["best", *periodic] if done.best else periodic
+
+    def _save_kept(self) -> None:
+        if self.progress.unsaved:
+            for name in self.progress.unsaved:
+                self.save(name)
+            self.progress.unsaved = []
+            self.checkpoint()
 
     def _best_epoch(self) -> int:
         return self.progress.best.epoch if self.progress.best is not None else 0

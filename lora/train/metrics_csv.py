@@ -10,8 +10,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from lora.errors import WriteError
 from lora.train.callbacks import Callback, EpochDone, StepDone
+from lora.train.row_file import RowFile
 
 # a step fills the columns of a step, an epoch those of an epoch; the others stay empty
 COLUMNS = tuple(
@@ -24,11 +24,7 @@ class MetricsCsv(Callback):
 
     def __init__(self, path: Path, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
         """Begin the file with `earlier`: the rows of metrics.jsonl that a resumed run goes on from."""
-        self._path = path
-        try:
-            self._file = path.open("w", encoding="utf-8", newline="")
-        except OSError as error:
-            raise WriteError(f"{path}: cannot be written: {error.strerror}") from error
+        self._file = RowFile(path)
         self._write(",".join(COLUMNS) + "\n" + "".join(map(_line, earlier)))
 
     def step_done(self, event: StepDone) -> None:
@@ -44,11 +40,7 @@ class MetricsCsv(Callback):
         self._file.close()
 
     def _write(self, text: str) -> None:
-        try:
-            self._file.write(text)
-            self._file.flush()
-        except OSError as error:
-            raise WriteError(f"{self._path}: cannot be written: {error.strerror}") from error
+        self._file.append(text.encode())
 
 
 def _line(row: Mapping[str, Any]) -> str:

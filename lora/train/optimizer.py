@@ -64,12 +64,10 @@ class AdamW:
         """
         trained = self.model.trainable()
         self._check(trained, gradients)
+        self.make_moments()
         self.steps += 1
         for name, parameter in trained.items():
             xp = array_module(parameter)
-            if name not in self.moments:
-                zeros = xp.zeros_like(parameter)
-                self.moments[name] = (zeros, zeros.copy())
             self.model.ops.adamw.update(
                 parameter,
                 xp.ascontiguousarray(gradients[name], dtype=parameter.dtype),
@@ -81,6 +79,13 @@ class AdamW:
                 eps=self.eps,
                 weight_decay=self.weight_decay,
             )
+
+    def make_moments(self) -> None:
+        """Give every trained array that has none moments of zero."""
+        for name, parameter in self.model.trainable().items():
+            if name not in self.moments:
+                zeros = array_module(parameter).zeros_like(parameter)
+                self.moments[name] = (zeros, zeros.copy())
 
     @staticmethod
     def _check(trained: Mapping[str, Array], gradients: Mapping[str, Array]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,7 @@ def train_step(
     packing: bool = True,
     class_weights: Array | None = None,
     label_smoothing: float = 0.0,
+    before_move: Callable[[], None] = lambda: None,
 ) -> StepReport:
     """Add up the gradients of `batches`, clip their joint norm, and move the trained arrays once.
 
@@ -56,6 +57,7 @@ def train_step(
         packing: False to run every row alone.
         class_weights: [C], a classifier's weight of each class.
         label_smoothing: the share of each target that is spread evenly over all classes or tokens.
+        before_move: called once the gradients are whole, before the first array is moved.
 
     Raises:
         DataError: a batch holds no counted token.
@@ -86,6 +88,7 @@ def train_step(
     if clip and norm > clip:
         for gradient in total.values():
             gradient *= clip / norm
+    before_move()
     optimizer.step(total, lr)
     counted, tokens = sum(b.counted for b in batches), sum(b.num_tokens for b in batches)
     return StepReport(loss, correct, counted, tokens, norm)

@@ -30,6 +30,7 @@ KEYS = {
     "tokens_per_sec",
     "samples_per_sec",
 }
+TIMES = {"total_time_ms", "wall_time_sec", "tokens_per_sec", "samples_per_sec"}
 EPOCH_KEYS = {
     "epoch",
     "train_loss",
@@ -110,7 +111,9 @@ VALUES = {
     "--pooling": ("last", "last"),
     "--class-weights": ("uniform", "uniform"),
     "--label-smoothing": ("0.1", 0.1),
+    "--save-steps": ("3", 3),
     "--save-every": ("2", 2),
+    "--keep": ("2", 2),
     "--dtype": ("float64", "float64"),
     "--layout": ("text", "text"),
 }
@@ -157,6 +160,24 @@ def test_ctrl_c_saves_the_last_state_and_says_where(lora, base, rows, tmp_path, 
     assert (outcome.exit_code, outcome.document["exit_code"]) == (130, 130)
     assert str(tmp_path / "run" / "last") in outcome.err
     assert load_adapter(tmp_path / "run" / "last")
+    monkeypatch.undo()
+    resumed = lora("finetune", base, "-d", rows, "-o", tmp_path / "run", *QUICK, "--json", "--resume")
+    assert resumed.document["total_epochs"] == 2
+    assert "4 (1 of them done before)" in resumed.err
+    again = lora("finetune", base, "-d", rows, "-o", tmp_path / "run", *QUICK, "--json", "--resume")
+    steady = {name: value for name, value in again.document.items() if name not in TIMES}
+    assert steady == {name: resumed.document[name] for name in steady}
+
+
+def test_nothing_to_resume_is_said_and_another_run_is_refused(lora, base, rows, tmp_path) -> None:
+    run = ("finetune", base, "-d", rows, "-o", tmp_path / "run", *QUICK, "-q")
+    assert "holds no run to resume: starting a new one" in lora(*run, "--resume").err
+    outcome = lora(*run)
+    assert (outcome.exit_code, outcome.out) == (5, "")
+    assert "--resume" in outcome.err
+    changed = lora(*run, "--resume", "--rank", "3")
+    assert changed.exit_code == 5
+    assert "settings rank: 16 then, 3 now" in changed.err
 
 
 def test_on_a_terminal_a_bar_is_drawn(lora, base, rows, tmp_path, monkeypatch) -> None:
@@ -196,6 +217,9 @@ def test_an_apr_file_is_sent_to_convert(lora, arguments: list[str]) -> None:
         ["--task", "classify", "--model-size", "0.5B"],
         ["base", "--data", "rows.jsonl", "--vram", "24"],
         ["base", "--data", "rows.jsonl", "--epochs", "0"],
+        ["base", "--data", "rows.jsonl", "--save-steps", "0"],
+        ["base", "--data", "rows.jsonl", "--allow-data-mismatch"],
+        ["base", "--plan", "--resume"],
         ["base", "--data", "rows.jsonl", "--task", "sort"],
         ["--model-size", "0.6B", "--data", "rows.jsonl"],
         ["base", "--model-size", "0.6B", "--data", "rows.jsonl"],

@@ -20,6 +20,7 @@ from lora.model.model import Model
 from lora.train.config import FinetuneConfig
 from lora.train.examples import Examples
 from lora.train.loop import Loop, evaluate_loss
+from lora.train.optimizer import AdamW
 from tests.harness.bounds import relative
 from tests.harness.cases import seeds
 from tests.harness.claims import assert_killed, claimed, planted
@@ -72,8 +73,9 @@ class Outcome(NamedTuple):
 def run(losses: list[float], patience: int) -> Outcome:
     """Run the loop with a validation that gives `losses`, one an epoch."""
     case, saved, script = Case([], patience, 2, 2, 1, True, 0), list[tuple[int, str]](), iter(losses)
+    model = case.model()
     loop = Loop(
-        case.model(),
+        model,
         case.config(epochs=len(losses), patience=patience),
         case.examples(),
         case.examples(),
@@ -81,6 +83,9 @@ def run(losses: list[float], patience: int) -> Outcome:
         TOKENS,
         [],
         save=lambda name: saved.append((len(loop.progress.epochs), name)),
+        optimizer=AdamW(model, lr=0.1),
+        records=[],
+        checkpoint=lambda: None,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lora.train.loop, "evaluate_loss", lambda *args, **kwargs: (next(script), 0.5))
@@ -92,7 +97,19 @@ def train(batches: Any, case: Case, epochs: int = 2) -> tuple[list[list[int]], d
     """Run the loop in the order that `batches` gives; return the rows of every batch, and the arrays."""
     model, examples = case.model(), case.examples()
     config = case.config(epochs=epochs, learning_rate=0.01)
-    loop = Loop(model, config, examples, case.examples(), None, TOKENS, [], save=lambda name: None)
+    loop = Loop(
+        model,
+        config,
+        examples,
+        case.examples(),
+        None,
+        TOKENS,
+        [],
+        save=lambda name: None,
+        optimizer=AdamW(model, config.learning_rate, weight_decay=config.weight_decay),
+        records=[],
+        checkpoint=lambda: None,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lora.train.loop, "epoch_batches", batches)
         progress = loop.run()

@@ -30,12 +30,15 @@ def read(path: Path, text: str | bytes) -> dict:
     return read_recipe(path)
 
 
+OWN = ("metrics.jsonl", "metrics.csv", "recipe.yaml", "state.safetensors")
+
+
 def written(folder: Path) -> dict[str, bytes]:
     """Return every file of a run that does not name its own folder or a time."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in ("metrics.jsonl", "metrics.csv", "recipe.yaml")
+        if path.is_file() and path.name not in OWN
     }
 
 

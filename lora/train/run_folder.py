@@ -1,0 +1,193 @@
+"""The folder that a run writes: its rows, the states that are kept, and the one that it goes on from."""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora.errors import FileFormatError, LoraWarning, ValidationError, WriteError
+from lora.io.atomic import remove_folder, remove_partial
+from lora.train.config import FinetuneConfig
+from lora.train.identity import file_hashes
+from lora.train.loop import Progress
+from lora.train.metrics_csv import MetricsCsv
+from lora.train.metrics_file import MetricsFile, read_rows
+from lora.train.optimizer import AdamW
+from lora.train.run import RUN_FILE
+from lora.train.state import STATE_FILE, State, read_state, restore, write_state
+from lora.train.tensorboard import FOLDER, TensorBoard
+
+METRICS_FILE, METRICS_CSV = "metrics.jsonl", "metrics.csv"
+BEST, LAST = "best", "last"
+_EPOCH = re.compile(r"epoch-(\d+)")
+_TRAINED = ("*.safetensors", "*.json")  # of a kept state; its card may be written anew by an evaluation
+
+
+def refuse_another_run(folder: Path) -> None:
+    """Refuse a folder that another run has written: its states and ours would be told apart by nobody."""
+    for name in (RUN_FILE, STATE_FILE):
+        if (folder / name).exists():
+            raise ValidationError(
+                f"{folder} holds another run ({name}); go on with it under --resume, name another output, or "
+                "remove it"
+            )
+
+
+def state_to_resume(folder: Path) -> State | None:
+    """Return the state in `folder`, or None, said aloud, where no run has begun.
+
+    Raises:
+        MissingFileError: the run that began there has lost its state.
+        FileFormatError: the state is corrupt, or the best of the kept states is not as the run saved it.
+    """
+    if not (folder / RUN_FILE).exists() and not (folder / STATE_FILE).exists():
+        warnings.warn(f"{folder} holds no run to resume: starting a new one", LoraWarning, stacklevel=3)
+        return None
+    state = read_state(folder / STATE_FILE)
+    _check_best(folder, state)
+    return state
+
+
+def _check_best(folder: Path, state: State) -> None:
+    if BEST in state.facts["progress"]["unsaved"]:
+        return  # it will be written anew
+    found = file_hashes(folder / BEST, _TRAINED)
+    changed = sorted(name for name, known in state.facts["best"].items() if found.get(name) != known)
+    if changed:
+        raise FileFormatError(
+            f"{folder / BEST}: {', '.join(changed)} changed or gone since the run saved its best epoch; "
+            "put the folder back, or begin a new run in another output"
+        )
+
+
+def _open_records(
+    folder: Path, config: FinetuneConfig, progress: Progress, state: State | None
+) -> tuple[MetricsFile, *tuple[MetricsCsv | TensorBoard, ...]]:
+    with ExitStack() as opened:
+        metrics = MetricsFile(folder / METRICS_FILE, state.facts["rows"] if state else None)
+        opened.callback(metrics.close)
+        table = MetricsCsv(folder / METRICS_CSV, read_rows(folder / METRICS_FILE))
+        opened.callback(table.close)
+        boards = [TensorBoard(folder / FOLDER, after_step=progress.step)] if config.tensorboard else []
+        opened.pop_all()  # all of them could be opened, and stay open
+        return metrics, table, *boards
+
+
+def _remove_leftovers(folder: Path) -> None:
+    remove_folder(folder / LAST)  # what Ctrl-C left would soon be older than the state
+    remove_partial(folder)
+    for kept in filter(Path.is_dir, folder.iterdir()):
+        remove_partial(kept)
+
+
+@dataclass
+class RunFolder:
+    """What stands in the folder of a run that trains now; `begin` opens it."""
+
+    path: Path
+    keep: int
+    optimizer: AdamW
+    identity: Mapping[str, Any]
+    write: Callable[[Path], None]  # writes what is trained into a folder
+    metrics: MetricsFile
+    others: list[MetricsCsv | TensorBoard]  # that tell the same in other forms
+    progress: Progress
+    best: dict[str, str]  # hashes of the files of the best state
+    parts: list[dict[str, Any]]  # what the run stood on, from which step
+    began: float
+
+    @classmethod
+    def begin(
+        cls,
+        path: Path,
+        config: FinetuneConfig,
+        optimizer: AdamW,
+        identity: Mapping[str, Any],
+        state: State | None,
+        *,
+        write: Callable[[Path], None],
+    ) -> RunFolder:
+        """Make the folder, or put everything back in its place as `state` knows it.
+
+        Raises:
+            FileFormatError: the state is of another model, or rows that it counts on are gone.
+            WriteError: the folder cannot be written.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WriteError(f"{path}: the folder cannot be made: {error.strerror}") from error
+        progress, best, parts = Progress(), dict[str, str](), list[dict[str, Any]]()
+        if state is not None:
+            restore(state, optimizer)
+            progress = Progress.from_dict(state.facts["progress"])
+            best, parts = state.facts["best"], state.facts["parts"]
+        metrics, *others = _open_records(path, config, progress, state)
+        if state is not None:
+            _remove_leftovers(path)
+        parts.append({"from_step": progress.step, "data": identity["data"], **identity["arithmetic"]})
+        began = time.perf_counter() - progress.seconds
+        return cls(
+            path,
+            config.keep,
+            optimizer,
+            identity,
+            write,
+            metrics,
+            others,
+            progress,
+            best,
+            parts,
+            began,
+        )
+
+    @property
+    def records(self) -> list[MetricsFile | MetricsCsv | TensorBoard]:
+        """All that rows are written to."""
+        return [self.metrics, *self.others]
+
+    def seconds(self) -> float:
+        """Return how long the run has trained, in all processes together."""
+        return time.perf_counter() - self.began
+
+    def checkpoint(self) -> None:
+        """Write the state that the run goes on from.
+
+        Raises:
+            WriteError: the disk is full, or else cannot be written; the last state is unharmed.
+        """
+        self.progress.seconds = self.seconds()
+        facts = {
+            "progress": self.progress.as_dict(),
+            # the rows first: a state must never count on rows that a power cut takes away
+            "rows": self.metrics.settled(),
+            "best": self.best,
+            "identity": self.identity,
+            "parts": self.parts,
+        }
+        write_state(self.path / STATE_FILE, self.optimizer, facts)
+
+    def close(self) -> None:
+        """Close the files of rows."""
+        for record in self.records:
+            record.close()
+
+    def save(self, name: str) -> None:
+        """Write what is trained under `name`, and remove the oldest `epoch-N` of more than `keep`."""
+        self.write(self.path / name)
+        if name == BEST:
+            self.best = file_hashes(self.path / BEST, _TRAINED)
+        elif found := _EPOCH.fullmatch(name):
+            self._rotate(int(found[1]))
+
+    def _rotate(self, newest: int) -> None:
+        found = (_EPOCH.fullmatch(path.name) for path in self.path.iterdir())
+        epochs = sorted(int(match[1]) for match in found if match)
+        for epoch in [epoch for epoch in epochs if epoch <= newest][: -self.keep]:
+            remove_folder(self.path / f"epoch-{epoch}")
