@@ -113,8 +113,8 @@ def test_only_backend_and_cuda_name_cupy() -> None:
 def test_what_the_library_imports_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {re.split(r"[<>=~! ]", d)[0].lower() for d in project["dependencies"]}
-    # huggingface_hub comes with tokenizers, which needs it itself
-    packages = declared - {"pyyaml"} | {"yaml", "huggingface_hub", "cupy", "lora"}
+    # huggingface_hub comes with tokenizers, which needs it itself; CuPy and tensorboardX are extras
+    packages = declared - {"pyyaml"} | {"yaml", "huggingface_hub", "cupy", "tensorboardX", "lora"}
     third_party = {
         name for path in python_files("lora") if "sources" not in path.parts for name in imported(path)
     } - _standard_library()
