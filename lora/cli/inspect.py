@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from lora.cli.learned import print_learned
-from lora.cli.options import length_option, output_options
+from lora.cli.options import given, length_option, output_options
 from lora.cli.output import LISTED, listed, one_line, print_facts, print_json
 from lora.errors import MissingFileError, UsageError
 
@@ -19,26 +18,44 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Say what a checkpoint, an adapter or a data file holds.")
-@click.argument("path")
-@click.option("--model", metavar="MODEL", help="Show rows of a data file as this model would learn them.")
+@click.argument("path", metavar="[data] PATH")
+@click.argument("file", metavar="", required=False)
+@click.option(
+    "--task",
+    type=click.Choice(["classify", "causal", "instruct"]),
+    help="Read the rows of data as this task's.",
+)
+@click.option("--model", metavar="MODEL", help="Show rows of data as this model would learn them.")
 @click.option("--rows", "-n", type=click.IntRange(1), default=3, help="How many rows --model shows.")
 @length_option
 @output_options
-def inspect(path: str, model: str | None, rows: int, max_seq_len: int, as_json: bool) -> None:
+def inspect(
+    path: str,
+    file: str | None,
+    task: str | None,
+    model: str | None,
+    rows: int,
+    max_seq_len: int,
+    as_json: bool,
+) -> None:
     """Say what PATH is and holds: a checkpoint, an adapter, a run, a safetensors or .apr file, or data.
 
-    With --model, rows of a data file of texts or instructions are shown as that model would learn them: what
-    is learned stands between 【 and 】.
+    `lora inspect data FILE` reads FILE as rows of --task, or of the task that their fields name. With
+    --model, rows of texts or instructions are shown as that model would learn them: what is learned stands
+    between 【 and 】.
     """
-    if model is not None:
-        print_learned(Path(path), model, rows, max_seq_len, as_json=as_json)
-        return
-    source = click.get_current_context().get_parameter_source
-    if ParameterSource.COMMANDLINE in (source("rows"), source("max_seq_len")):
+    if file is not None and path != "data":
+        raise UsageError(f"expected one PATH, or `data FILE`; found {path} {file}")
+    if model is None and (given("rows") or given("max_seq_len")):
         raise UsageError("--rows and --max-seq-len belong to --model")
-    found = _describe(Path(path))
+    if file is None and (model is not None or task is not None):
+        raise UsageError(f"--model and --task belong to data: lora inspect data {path}")
+    if file is not None and model is not None:
+        print_learned(Path(file), task, model, rows, max_seq_len, as_json=as_json)
+        return
+    found = _describe(Path(path)) if file is None else _rows_of(Path(file), task)
     if as_json:
-        print_json({"status": "inspected", "path": path, **found})
+        print_json({"status": "inspected", "path": file or path, **found})
     else:
         print_facts({name.replace("_", " ").capitalize(): _shown(value) for name, value in found.items()})
 
@@ -130,6 +147,15 @@ def _contents(tensors: Mapping[str, Any]) -> dict[str, Any]:
         "parameters": sum(array.size for array in tensors.values()),
         "dtypes": dict(Counter(str(array.dtype) for array in tensors.values())),
     }
+
+
+def _rows_of(path: Path, task: str | None) -> dict[str, Any]:
+    """Describe a data file of which every row has been read as its task's."""
+    from lora.train.examples import detect_task, read_data
+
+    task = task or detect_task(path)
+    read_data(path, task)
+    return {**_data_file(path), "task": task}
 
 
 def _data_file(path: Path) -> dict[str, Any]:

@@ -18,8 +18,18 @@ if TYPE_CHECKING:
 OPEN, CLOSE = "【", "】"
 
 
-def print_learned(path: Path, model: str, rows: int, max_seq_len: int, *, as_json: bool) -> None:
+def print_learned(
+    path: Path, task: str | None, model: str, rows: int, max_seq_len: int, *, as_json: bool
+) -> None:
     """Print the first `rows` rows of the data file `path` as token ids, labels and marked text.
+
+    Args:
+        path: JSON Lines.
+        task: whose rows they are; None for what their fields say.
+        model: the checkpoint whose tokenizer and chat template are used.
+        rows: how many are shown; all of them are read and checked.
+        max_seq_len: tokens that a row keeps.
+        as_json: print one document.
 
     Raises:
         UsageError: the rows are a classifier's, whose labels are no tokens.
@@ -30,7 +40,7 @@ def print_learned(path: Path, model: str, rows: int, max_seq_len: int, *, as_jso
     from lora.io.hub import resolve
     from lora.train.examples import detect_task, read_data, tokenise
 
-    task = detect_task(path)
+    task = task or detect_task(path)
     if task == "classify":
         raise UsageError(f"{path}: --model shows which tokens are learned, and a classifier learns a label")
     data = read_data(path, task)

@@ -24,6 +24,7 @@ SETTINGS = (
     "batch_size",
     "max_seq_len",
     "grad_accum",
+    "packing",
     "epochs",
     "learning_rate",
 )

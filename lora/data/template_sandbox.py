@@ -166,7 +166,7 @@ def _filtered(node: nodes.Expr, name: str, arguments: Sequence[nodes.Expr] = ())
 
 
 def _charge_of(body: Sequence[nodes.Node]) -> nodes.Expr:
-    """Return a true expression that takes the steps of `body`: every branch of it, and each loop in it once."""
+    """Return a true expression that takes the steps of `body`, every branch and each loop in it once."""
     steps, stack = OPERATION, list(body)
     while stack:
         node = stack.pop()

@@ -39,6 +39,7 @@ class Settings:
     batch_size: int = 32  # rows
     max_seq_len: int = 512  # tokens; every row is reckoned as long as this
     grad_accum: int = 1  # batches per optimizer step
+    packing: bool = True  # False: one row at a time
     epochs: int = 3  # said in the plan; memory does not depend on it, nor on the learning rate
     learning_rate: float = 2e-4
 
@@ -230,8 +231,13 @@ def _planned(workload: Workload, settings: Settings) -> Plan:
 
 
 def _micro_batch(workload: Workload, settings: Settings) -> int:
-    """Return the tokens that run at once: a whole batch where that fits, and never less than one sequence."""
+    """Return the tokens that run at once: a whole batch where that fits, never less than one sequence.
+
+    Without packing that is one sequence always.
+    """
     budget, longest = settings.usable_bytes, settings.max_seq_len
+    if not settings.packing:
+        return longest
     fitting = most_tokens(
         lambda tokens: _memory(workload, settings, tokens).resident, budget, limit=settings.batch_tokens
     )

@@ -51,6 +51,7 @@ PLANNED = (  # the settings that memory depends on
     "batch_size",
     "max_seq_len",
     "grad_accum",
+    "packing",
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -108,3 +110,35 @@ def test_a_corrupt_apr_file_is_refused_in_one_line(lora, tmp_path) -> None:
     outcome = lora("inspect", path)
     assert (outcome.exit_code, outcome.err.count("\n")) == (4, 1)
     assert "CRC-32" in outcome.err
+
+
+def test_rows_are_read_as_a_task_s(lora, rows, texts) -> None:
+    document = lora("inspect", "data", rows, "--json").document
+    assert (document["task"], document["rows"], document["path"]) == ("classify", 20, str(rows))
+    assert lora("inspect", "data", texts, "--json").document["task"] == "causal"
+    outcome = lora("inspect", "data", texts, "--task", "instruct")
+    assert outcome.exit_code == 5
+    assert "12 problems" in outcome.err
+    assert "line 1: expected messages" in outcome.err
+
+
+def test_a_folder_named_data_is_a_path(lora, base, tmp_path, monkeypatch) -> None:
+    shutil.copytree(base, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    assert lora("inspect", "data", "--json").document["kind"] == "checkpoint"
+    assert lora("inspect", "data", "data").exit_code == 3  # a folder is no file of rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--model", "base"), "lora inspect data"),
+        (("--task", "causal"), "lora inspect data"),
+        (("second",), "or `data FILE`"),
+        (("--rows", "2"), "belong to --model"),
+    ],
+)
+def test_data_s_own_options_name_its_spelling(lora, texts, arguments, said: str) -> None:
+    outcome = lora("inspect", texts, *arguments)
+    assert (outcome.exit_code, outcome.out) == (2, "")
+    assert said in outcome.err

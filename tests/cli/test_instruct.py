@@ -26,7 +26,7 @@ def test_a_run_is_told_by_its_rows_trained_and_scored(lora, base, dialogues, tmp
 
 
 def test_what_is_learned_is_shown(lora, base, dialogues) -> None:
-    outcome = lora("inspect", dialogues, "--model", base, "-n", "2")
+    outcome = lora("inspect", "data", dialogues, "--model", base, "-n", "2")
     assert outcome.out.splitlines() == [
         "line 1: 17 of 73 tokens are learned",
         "<|im_start|>user",
@@ -41,7 +41,7 @@ def test_what_is_learned_is_shown(lora, base, dialogues) -> None:
         "【it is 1<|im_end|>】",
         "",
     ]
-    [row] = lora("inspect", dialogues, "--model", base, "-n", "1", "--json").document["rows"]
+    [row] = lora("inspect", "data", dialogues, "--model", base, "-n", "1", "--json").document["rows"]
     assert row["line"] == 1
     assert len(row["labels"]) == len(row["input_ids"])
     assert [i for i, label in enumerate(row["labels"]) if label != -100] == list(range(55, 72))
@@ -58,17 +58,17 @@ def test_the_checkpoint_s_own_template_is_used(lora, own_base, dialogues) -> Non
     template = "{% for m in messages %}[{{ m.role }}] {{ m.content }};{% endfor %}"
     prompt = "{% if add_generation_prompt %}[assistant] {% endif %}"
     (own_base / "chat_template.jinja").write_text(template + prompt)
-    outcome = lora("inspect", dialogues, "--model", own_base, "-n", "1")
+    outcome = lora("inspect", "data", dialogues, "--model", own_base, "-n", "1")
     assert outcome.out.splitlines()[1] == "[user] say 0;[assistant] 【it is 0;】"
 
 
 def test_what_belongs_to_a_model_s_view_is_refused_without_one(lora, dialogues) -> None:
-    assert lora("inspect", dialogues, "-n", "2").exit_code == 2
-    assert lora("inspect", dialogues, "--max-seq-len", "9").exit_code == 2
+    assert lora("inspect", "data", dialogues, "-n", "2").exit_code == 2
+    assert lora("inspect", "data", dialogues, "--max-seq-len", "9").exit_code == 2
 
 
 def test_a_classifier_s_rows_have_no_tokens_to_show(lora, base, rows) -> None:
-    assert lora("inspect", rows, "--model", base).exit_code == 2
+    assert lora("inspect", "data", rows, "--model", base).exit_code == 2
 
 
 def test_a_plan_knows_the_task(lora, dialogues) -> None:
@@ -83,5 +83,5 @@ def test_a_head_of_its_own_is_a_classifier_s(lora, base, dialogues, tmp_path) ->
 
 def test_prompts_learn_their_completion_and_its_end(lora, base, tmp_path) -> None:
     data = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "1+1=", "completion": "2"}])
-    shown = lora("inspect", data, "--model", base, "--json").document
+    shown = lora("inspect", "data", data, "--model", base, "--json").document
     assert shown["rows"][0]["text"] == "1+1=【2<|endoftext|>】"

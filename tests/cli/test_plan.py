@@ -146,3 +146,8 @@ def test_a_folder_of_another_size_than_named_is_refused(lora, base) -> None:
     outcome = lora("finetune", base, "--model-size", "0.5B", "--plan")
     assert outcome.exit_code == 5
     assert "hidden_size" in outcome.err
+
+
+def test_no_packing_is_planned_too(lora) -> None:
+    plan = lora("finetune", "--model-size", "0.5B", "--plan", "--no-packing", "--json").document
+    assert plan["micro_batch_tokens"] == plan["max_seq_len"]

@@ -207,3 +207,9 @@ def test_a_stored_dtype_that_is_not_built_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**TINY_QWEN2, "torch_dtype": "float8_e4m3fn"}))
     with pytest.raises(UnsupportedError, match="float8_e4m3fn"):
         plan(tmp_path)
+
+
+def test_rows_that_run_alone_take_the_memory_of_one() -> None:
+    packed, alone = (plan("0.5b", method="lora", vram_gb=64, packing=packing) for packing in (True, False))
+    assert alone.micro_batch_tokens == alone.max_seq_len < packed.micro_batch_tokens
+    assert alone.memory.activation < packed.memory.activation
