@@ -3,7 +3,8 @@
 #include "rtc.cuh"
 
 // The sum over a warp, in every lane.
-__device__ __forceinline__ float warp_sum(float value) {
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) value += __shfl_xor_sync(WHOLE_WARP, value, step);
     return value;

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import lora.cuda.attention
 import lora.cuda.rmsnorm
 from lora.backend.device import current_gpu
 from lora.errors import DeviceError, UnsupportedError
@@ -85,7 +86,7 @@ REFERENCE = Ops(
 # one line an operation: lora.cuda's module of its name, once that is there
 CUDA = Ops(
     adamw=Unbuilt("adamw"),
-    attention=Unbuilt("attention"),
+    attention=lora.cuda.attention,
     cached_attention=Unbuilt("cached_attention"),
     causal_conv1d=Unbuilt("causal_conv1d"),
     embedding=Unbuilt("embedding"),

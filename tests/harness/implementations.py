@@ -71,13 +71,19 @@ class Emulated:
         return "emulator"
 
     def on(self, schedule: int) -> Any:
-        """Return the module's functions as they run when warps and lanes are ordered by `schedule`."""
+        """Return the module's functions as they run when warps and lanes are ordered by `schedule`.
+
+        `emulator` beside them is what they ran on.
+        """
+        emulator = Emulator(schedule, edits=self._edits)
 
         def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with using_engine(Emulator(schedule, edits=self._edits)):
+            with using_engine(emulator):
                 return function(*args, **kwargs)
 
-        return _with_arrays_of(self._module, run, lambda array: array)
+        functions = _with_arrays_of(self._module, run, lambda array: array)
+        functions.emulator = emulator
+        return functions
 
 
 class OnDevice:

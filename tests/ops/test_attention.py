@@ -20,8 +20,10 @@ from lora.errors import ShapeError
 from lora.ops import attention
 from tests.harness.bounds import assert_within
 from tests.harness.cases import seeds, textured, textures
-from tests.harness.claims import assert_killed, claimed, planted
+from tests.harness.claims import assert_killed, claimed, planted, schedules
 from tests.harness.gradcheck import assert_gradients
+from tests.harness.implementations import Emulated, implementations, tried
+from tests.ops import attention_kernels as kernels
 from tests.ops.observe import assert_refused, assert_unchanged, peak_bytes, random_boundaries
 
 CONTRACT = op_contract("attention")
@@ -43,6 +45,8 @@ SMALL_TILES = SimpleNamespace(
     backward=_in_small_tiles(attention.backward),
 )
 IMPLEMENTATIONS = [attention, SMALL_TILES]
+_, *KERNELS = implementations(attention)
+EMULATED = [op for op in KERNELS if isinstance(op, Emulated)]
 
 
 class Case(NamedTuple):
@@ -253,6 +257,12 @@ def test_measured_claim(check: Any, op: Any) -> None:
     check(op, Case(s=1, t=1, g=1, m=1, e=1, scale=0.3, texture="normal", seed=0))
 
 
+@pytest.mark.parametrize(("check", "op"), tried(kernels.CHECKS, KERNELS) + tried(kernels.COUNTED, EMULATED))
+@given(case=kernels.CASES, schedule=schedules)
+def test_kernel_claim(check: Any, op: Any, case: kernels.Case, schedule: int) -> None:
+    check(op.on(schedule), case)
+
+
 def _bug(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**{"forward": attention.forward, "backward": attention.backward} | changes)
 
@@ -349,6 +359,10 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize(("check", "mutant"), planted(CONTRACT, CHECKS | MEASURED, MUTANTS))
+ALL_CHECKS = CHECKS | MEASURED | kernels.CHECKS | kernels.COUNTED
+
+
+@pytest.mark.parametrize(("check", "mutant"), planted(CONTRACT, ALL_CHECKS, MUTANTS | kernels.MUTANTS))
 def test_planted_bug_is_killed(check: Any, mutant: Any) -> None:
-    assert_killed(check, mutant, CASES)
+    in_kernel = mutant in kernels.MUTANTS.values()
+    assert_killed(check, mutant, kernels.CASES if in_kernel else CASES)
