@@ -152,7 +152,7 @@ def test_a_run_that_was_interrupted_has_a_page(lora, base, rows, tmp_path, monke
     outcome = lora("report", tmp_path / "run", "--json")
     assert outcome.document["run"] == "unfinished"
     text = words(page(tmp_path / "run").text)
-    assert "0 of 2 epochs, 2 steps" in text  # the third was not told to the files
+    assert "0 of 2 epochs, 3 steps" in text
     assert "Calibration" in text  # of the state that was saved
 
 
