@@ -259,6 +259,7 @@ def next_commands(run: Run) -> list[str]:
     commands = [f"lora eval {best} --data test.jsonl"]
     if run.task == "classify":
         commands.append(f"lora predict {best} 'a text'")
+    commands.append(f"lora report {shlex.quote(str(run.output))}")
     if run.method == "lora":
         commands.append(f"lora merge --adapter {best} -o merged")
     return commands

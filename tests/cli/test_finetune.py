@@ -54,6 +54,7 @@ def test_a_run_ends_with_a_table_and_what_to_do_next(lora, base, rows, tmp_path)
     assert [mark.rstrip("*") for mark in marked] == ["1", "2"]
     assert sum(mark.endswith("*") for mark in marked) == 1
     assert f"lora eval {tmp_path / 'run' / 'best'}" in outcome.out
+    assert f"lora report {tmp_path / 'run'}\n" in outcome.out
     assert f"lora merge --adapter {tmp_path / 'run' / 'best'}" in outcome.out
     for said in ("Task:", "classify", "bad, good", "16 to train on, 4 to validate", "step 1/4", "epoch 2"):
         assert said in outcome.err
