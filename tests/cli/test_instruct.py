@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.files import write_jsonl
+from tests.cli.conftest import CONFIG
+from tests.data.files import tokenizer_folder, write_jsonl
+from tests.harness.models import TINY_QWEN3_5, write_model
 
 ROWS = [{"instruction": f"say {i}", "response": f"it is {i}"} for i in range(8)]
 QUICK = ("--epochs", "1", "--batch-size", "4")
@@ -23,6 +25,35 @@ def test_a_run_is_told_by_its_rows_trained_and_scored(lora, base, dialogues, tmp
     scores = lora("eval", run["best_checkpoint"], "-d", dialogues, "--json").document
     # "it is 0" and "<|im_end|>", which the byte-level vocabulary spells out
     assert scores["tokens"] == 8 * (len("it is 0") + len("<|im_end|>"))
+
+
+@pytest.fixture(scope="module")
+def base_of_qwen3_5(tmp_path_factory) -> Path:
+    """A tiny checkpoint with gated-delta layers."""
+    config = TINY_QWEN3_5 | {name: CONFIG[name] for name in ("vocab_size", "eos_token_id", "pad_token_id")}
+    return tokenizer_folder(write_model(tmp_path_factory.mktemp("qwen3_5") / "base", config))
+
+
+def test_the_other_family_is_trained_scored_merged_and_asked(
+    lora, base_of_qwen3_5, dialogues, tmp_path
+) -> None:
+    outputs = tmp_path / "packed", tmp_path / "alone"
+    for output, packing in zip(outputs, ("--packing", "--no-packing"), strict=True):
+        options = ("--dtype", "float64", "--learning-rate", "0.01", "--epochs", "3", packing, "--json")
+        run = lora("finetune", base_of_qwen3_5, "-d", dialogues, "-o", output, *options).document
+        losses = [epoch["train_loss"] for epoch in run["epoch_metrics"]]
+        assert (run["task"], losses[-1] < losses[0]) == ("instruct", True)
+    scores = [
+        lora("eval", output / "best", "-d", dialogues, "--dtype", "float64", "--json").document["loss"]
+        for output in outputs
+    ]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+    merged = tmp_path / "merged"
+    assert lora("merge", "--adapter", outputs[0] / "best", "-o", merged).exit_code == 0
+    after = lora("eval", merged, "-d", dialogues, "--dtype", "float64", "--json").document["loss"]
+    assert after == pytest.approx(scores[0], rel=1e-5)
+    answers = lora("eval", merged, "-d", dialogues, "--exact-match", "--max-new-tokens", 3, "--json").document
+    assert (answers["generated_rows"], answers["exact_matches"], answers["unended_rows"]) == (8, 0, 8)
 
 
 def test_what_is_learned_is_shown(lora, base, dialogues) -> None:
