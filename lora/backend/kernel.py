@@ -135,8 +135,9 @@ def _scalar(parameter: Parameter, argument: Any) -> tuple[Any, str | None]:
     is_bool = isinstance(argument, bool | np.bool_)
     if is_bool != (dtype.kind == "b") or not isinstance(argument, _NUMBERS.get(dtype.kind, _REAL)):
         return None, f"expected a number of {dtype}, got {argument!r}"
-    if dtype.kind in "iu" and not np.iinfo(dtype).min <= argument <= np.iinfo(dtype).max:
-        return None, f"{argument} does not fit {dtype}"
+    if dtype.kind in "biu":
+        fits = dtype.kind == "b" or np.iinfo(dtype).min <= argument <= np.iinfo(dtype).max
+        return (dtype.type(argument), None) if fits else (None, f"{argument} does not fit {dtype}")
     with np.errstate(over="ignore"):
         value = dtype.type(argument)
     if np.isfinite(argument) and not np.isfinite(value):
