@@ -1,4 +1,4 @@
-"""`python -m benchmarks step|peers`."""
+"""`python -m benchmarks step|scaling|peers`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from importlib import import_module
 
 COMMANDS = {
     "step": "one training step, ours against Transformers + PEFT",
+    "scaling": "time and memory against tokens, layers, rank and vocabulary, with fitted exponents",
     "peers": "make the environment that holds PyTorch, Transformers and PEFT",
 }
 
