@@ -39,6 +39,7 @@ METHODS = {
 EXIT_CODES = {
     "LoraError": 1,
     "DivergedError": 1,
+    "KernelError": 1,
     "UsageError": 2,
     "MissingFileError": 3,
     "FileFormatError": 4,
