@@ -6,7 +6,12 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import lora.cuda.attention
+import lora.cuda.cached_attention
+import lora.cuda.embedding
+import lora.cuda.pool
 import lora.cuda.rmsnorm
+import lora.cuda.rope
+import lora.cuda.swiglu
 from lora.backend.device import current_gpu
 from lora.errors import DeviceError, UnsupportedError
 from lora.ops import (
@@ -87,18 +92,18 @@ REFERENCE = Ops(
 CUDA = Ops(
     adamw=Unbuilt("adamw"),
     attention=lora.cuda.attention,
-    cached_attention=Unbuilt("cached_attention"),
+    cached_attention=lora.cuda.cached_attention,
     causal_conv1d=Unbuilt("causal_conv1d"),
-    embedding=Unbuilt("embedding"),
+    embedding=lora.cuda.embedding,
     gated_delta_rule=Unbuilt("gated_delta_rule"),
     gated_norm=Unbuilt("gated_norm"),
     lowrank_linear=Unbuilt("lowrank_linear"),
-    pool=Unbuilt("pool"),
+    pool=lora.cuda.pool,
     rmsnorm=lora.cuda.rmsnorm,
-    rope=Unbuilt("rope"),
+    rope=lora.cuda.rope,
     sigmoid_gate=Unbuilt("sigmoid_gate"),
     softmax_xent=Unbuilt("softmax_xent"),
-    swiglu=Unbuilt("swiglu"),
+    swiglu=lora.cuda.swiglu,
 )
 
 _TABLES = {"cpu": REFERENCE, "cuda": CUDA}

@@ -26,3 +26,8 @@ def cpp_type(operation: str, array: Array) -> str:
     if name not in CPP_TYPES:
         raise UnsupportedError(f"{operation} on a GPU: expected {' or '.join(CPP_TYPES)}; got {name}")
     return CPP_TYPES[name]
+
+
+def pack_blocks(array: Array, threads: int) -> tuple[int]:
+    """Return the grid that has a thread for every pack of `array`."""
+    return (-(-array.nbytes // (PACK_BYTES * threads)),)

@@ -10,18 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lora.cuda.embedding
 from lora.backend import bfloat16
 from lora.contracts import op_contract
 from lora.errors import DataError
 from lora.ops import embedding
 from lora.ops.embedding import Grads
+from tests.harness.agreement import assert_agrees, widened
 from tests.harness.cases import seeds, textured, textures
-from tests.harness.claims import assert_killed, claimed, planted
+from tests.harness.claims import assert_killed, planted, schedules
 from tests.harness.gradcheck import assert_gradients
+from tests.harness.implementations import Emulated, implementations, in_float64, tried
 from tests.ops.observe import assert_refused, assert_unchanged
 
 CONTRACT = op_contract("embedding")
-IMPLEMENTATIONS = [embedding]
+IMPLEMENTATIONS = implementations(embedding)
 
 
 class Case(NamedTuple):
@@ -48,6 +51,7 @@ def check_forward(op: Any, case: Case) -> None:
         np.testing.assert_array_equal(x.astype("float64"), expected)
 
 
+@in_float64
 def check_gradient(op: Any, case: Case) -> None:
     # the difference of two outputs of ten thousand has lost the digits that it is judged by
     case = case._replace(texture="normal") if case.texture == "large" else case
@@ -90,20 +94,31 @@ def check_inputs_unchanged(op: Any, case: Case) -> None:
     assert_unchanged({"ids": ids, "table": table, "dx": dx}, run)
 
 
+def check_agreement(op: Any, case: Case) -> None:
+    case = case._replace(d=8 * case.d) if case.seed % 2 else case
+    for dtype in (bfloat16, "float32"):
+        ids, table = case.arrays(dtype)
+        dx = np.random.default_rng(case.seed + 1).standard_normal((case.n, case.d)).astype(dtype)
+        x, saved = op.forward(ids, table, dtype=dtype)
+        np.testing.assert_array_equal(x.astype("float64"), table[ids].astype("float64"))
+        exact = embedding.backward(saved._replace(ids=ids), widened({"dx": dx})["dx"]).table
+        assert_agrees(op.backward(saved, dx).table, exact, "dtable")
+
+
 CHECKS = {
     "EMBEDDING-001": check_forward,
     "EMBEDDING-002": check_gradient,
     "EMBEDDING-003": check_sums_wide,
     "EMBEDDING-004": check_refuses_foreign_ids,
     "EMBEDDING-005": check_inputs_unchanged,
+    "EMBEDDING-006": check_agreement,
 }
 
 
-@pytest.mark.parametrize("op", IMPLEMENTATIONS, ids=lambda op: op.__name__)
-@pytest.mark.parametrize("check", claimed(CHECKS))
-@given(case=CASES)
-def test_claim(check: Any, op: Any, case: Case) -> None:
-    check(op, case)
+@pytest.mark.parametrize(("check", "op"), tried(CHECKS, IMPLEMENTATIONS))
+@given(case=CASES, schedule=schedules)
+def test_claim(check: Any, op: Any, case: Case, schedule: int) -> None:
+    check(op.on(schedule), case)
 
 
 def _bug(**changes: Any) -> SimpleNamespace:
@@ -146,6 +161,24 @@ MUTANTS = {
     "wraps_negative_ids": _unchecked(lambda ids, rows: ids),
     "clips_large_ids": _unchecked(lambda ids, rows: np.clip(ids, 0, rows - 1)),
     "zeroes_the_first_row": _bug(forward=_zeroing),
+    "stores_past_the_end": Emulated(lora.cuda.embedding, ("pack.cuh", "if (column + i < width) row", "row")),
+    "takes_a_part_for_a_pack": Emulated(lora.cuda.embedding, ("pack.cuh", " && width % N == 0", "")),
+    "every_token_writes": Emulated(
+        lora.cuda.embedding,
+        ("embedding.cu", "if (__syncthreads_or(earlier)) return;", "__syncthreads_or(earlier);"),
+    ),
+    "divergent_return": Emulated(
+        lora.cuda.embedding,
+        (
+            "embedding.cu",
+            "    const long long id =",
+            "    if (column >= D) return;\n    const long long id =",
+        ),
+    ),
+    "stops_at_the_last_token": Emulated(
+        lora.cuda.embedding,
+        ("embedding.cu", "static_cast<int>(blockDim.x), N)", "static_cast<int>(blockDim.x), N - 1)"),
+    ),
 }
 
 

@@ -11,19 +11,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lora.cuda.pool
 from lora.backend import bfloat16
 from lora.contracts import op_contract
 from lora.errors import ShapeError, UsageError
 from lora.ops import pool
 from lora.ops.pool import Grads
+from tests.harness.agreement import assert_agrees, widened
 from tests.harness.bounds import assert_within
 from tests.harness.cases import seeds, textured, textures
-from tests.harness.claims import assert_killed, claimed, planted
+from tests.harness.claims import assert_killed, planted, schedules
 from tests.harness.gradcheck import assert_gradients
+from tests.harness.implementations import Emulated, implementations, in_float64, tried
 from tests.ops.observe import assert_refused, assert_unchanged, random_boundaries
 
 CONTRACT = op_contract("pool")
-IMPLEMENTATIONS = [pool]
+IMPLEMENTATIONS = implementations(pool)
 
 
 class Case(NamedTuple):
@@ -49,6 +52,7 @@ CASES = st.builds(
 )
 
 
+@in_float64
 def check_gradient(op: Any, case: Case) -> None:
     # the difference of two outputs of ten thousand has lost the digits that it is judged by
     case = case._replace(texture="normal") if case.texture == "large" else case
@@ -103,20 +107,32 @@ def check_inputs_unchanged(op: Any, case: Case) -> None:
     assert_unchanged({"x": x, "cu_seqlens": cu_seqlens, "dpooled": dpooled}, run)
 
 
+def check_agreement(op: Any, case: Case) -> None:
+    for dtype in (bfloat16, "float32"):
+        x, cu_seqlens = case.arrays(dtype)
+        dpooled = np.random.default_rng(case.seed + 1).standard_normal((case.s, case.d)).astype(dtype)
+        exact = widened({"x": x, "dpooled": dpooled})
+        pooled, saved = op.forward(x, cu_seqlens, kind=case.kind)
+        pooled_exact, saved_exact = pool.forward(exact["x"], cu_seqlens, kind=case.kind)
+        terms = np.add.reduceat(abs(exact["x"]), cu_seqlens[:-1], axis=0) / np.diff(cu_seqlens)[:, None]
+        assert_agrees(pooled, pooled_exact, "pooled", terms=terms if case.kind == "mean" else None)
+        assert_agrees(op.backward(saved, dpooled).x, pool.backward(saved_exact, exact["dpooled"]).x, "dx")
+
+
 CHECKS = {
     "POOL-001": check_gradient,
     "POOL-002": check_forward,
     "POOL-003": check_packed_equals_alone,
     "POOL-004": check_refusals,
     "POOL-005": check_inputs_unchanged,
+    "POOL-006": check_agreement,
 }
 
 
-@pytest.mark.parametrize("op", IMPLEMENTATIONS, ids=lambda op: op.__name__)
-@pytest.mark.parametrize("check", claimed(CHECKS))
-@given(case=CASES)
-def test_claim(check: Any, op: Any, case: Case) -> None:
-    check(op, case)
+@pytest.mark.parametrize(("check", "op"), tried(CHECKS, IMPLEMENTATIONS))
+@given(case=CASES, schedule=schedules)
+def test_claim(check: Any, op: Any, case: Case, schedule: int) -> None:
+    check(op.on(schedule), case)
 
 
 def _bug(**changes: Any) -> SimpleNamespace:
@@ -166,6 +182,16 @@ MUTANTS = {
     "leaks_over_a_boundary": _bug(forward=_leaking),
     "pools_nothing": _bug(forward=_pooling_nothing),
     "sums_in_place": _bug(forward=_in_place),
+    "stores_one_column_on": Emulated(
+        lora.cuda.pool,
+        ("pool.cu", "D + column] = narrowed<T>(sum", "D + column + 1] = narrowed<T>(sum"),
+    ),
+    "starts_one_token_late": Emulated(
+        lora.cuda.pool, ("pool.cu", "n = mean ? first : end - 1", "n = mean ? first + 1 : end - 1")
+    ),
+    "gradient_to_the_first_token": Emulated(
+        lora.cuda.pool, ("pool.cu", "!mean && n == end - 1", "!mean && n == first")
+    ),
 }
 
 

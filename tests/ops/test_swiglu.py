@@ -10,18 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lora.cuda.swiglu
 from lora.backend import bfloat16
 from lora.contracts import op_contract
 from lora.ops import swiglu
 from lora.ops.swiglu import Grads
+from tests.harness.agreement import assert_agrees, widened
 from tests.harness.bounds import assert_within, gamma
 from tests.harness.cases import seeds, textured, textures
-from tests.harness.claims import assert_killed, claimed, planted
+from tests.harness.claims import assert_killed, planted, schedules
 from tests.harness.gradcheck import assert_gradients
+from tests.harness.implementations import Emulated, implementations, in_float64, tried
 from tests.ops.observe import assert_unchanged
 
 CONTRACT = op_contract("swiglu")
-IMPLEMENTATIONS = [swiglu]
+IMPLEMENTATIONS = implementations(swiglu)
 SMALLEST = float(np.finfo("float32").tiny)
 
 
@@ -45,6 +48,7 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return np.where(x >= 0, 1, e) / (1 + e)
 
 
+@in_float64
 def check_gradients(op: Any, case: Case) -> None:
     # at gates of ten thousand silu is a kink, which no difference can follow
     case = case._replace(texture="normal") if case.texture == "large" else case
@@ -65,6 +69,7 @@ def check_forward(op: Any, case: Case) -> None:
         assert_within(y, exact, np.abs(exact) + underflow, roundings, dtype)
 
 
+@in_float64
 def check_range(op: Any, case: Case) -> None:
     rng = np.random.default_rng(case.seed)
     gate = rng.standard_normal((case.n, case.f)) * 10.0 ** rng.integers(-3, 5)
@@ -84,19 +89,33 @@ def check_inputs_unchanged(op: Any, case: Case) -> None:
     assert_unchanged({**arrays, "dy": dy}, lambda: op.backward(op.forward(**arrays)[1], dy))
 
 
+def check_agreement(op: Any, case: Case) -> None:
+    for dtype in (bfloat16, "float32"):
+        arrays, rng = case.arrays(dtype), np.random.default_rng(case.seed + 1)
+        arrays["dy"] = rng.standard_normal((case.n, case.f)).astype(dtype)
+        exact = widened(arrays)
+        dy, dy_exact = arrays.pop("dy"), exact.pop("dy")
+        y, saved = op.forward(**arrays)
+        y_exact, saved_exact = swiglu.forward(**exact)
+        assert_agrees(y, y_exact, "y")
+        grads, grads_exact = op.backward(saved, dy), swiglu.backward(saved_exact, dy_exact)
+        for name, exact_grad in grads_exact._asdict().items():
+            assert_agrees(getattr(grads, name), exact_grad, f"d{name}")
+
+
 CHECKS = {
     "SWIGLU-001": check_gradients,
     "SWIGLU-002": check_forward,
     "SWIGLU-003": check_range,
     "SWIGLU-004": check_inputs_unchanged,
+    "SWIGLU-005": check_agreement,
 }
 
 
-@pytest.mark.parametrize("op", IMPLEMENTATIONS, ids=lambda op: op.__name__)
-@pytest.mark.parametrize("check", claimed(CHECKS))
-@given(case=CASES)
-def test_claim(check: Any, op: Any, case: Case) -> None:
-    check(op, case)
+@pytest.mark.parametrize(("check", "op"), tried(CHECKS, IMPLEMENTATIONS))
+@given(case=CASES, schedule=schedules)
+def test_claim(check: Any, op: Any, case: Case, schedule: int) -> None:
+    check(op.on(schedule), case)
 
 
 def _bug(**changes: Any) -> SimpleNamespace:
@@ -130,6 +149,14 @@ MUTANTS = {
     "overflowing_sigmoid": _activated_by(_overflowing),
     "relu_squared": _activated_by(lambda gate: np.maximum(gate, 0) ** 2),
     "multiplies_in_place": _bug(forward=_in_place),
+    "stores_past_the_end": Emulated(lora.cuda.swiglu, ("pack.cuh", "if (column + i < width) row", "row")),
+    "takes_a_part_for_a_pack": Emulated(lora.cuda.swiglu, ("pack.cuh", " && width % N == 0", "")),
+    "skips_the_first_pack": Emulated(
+        lora.cuda.swiglu, ("swiglu.cu", "threadIdx.x) * LANES<T>", "threadIdx.x + 1) * LANES<T>")
+    ),
+    "gradient_of_up_from_the_new_gate": Emulated(
+        lora.cuda.swiglu, ("swiglu.cu", "u[i] = d[i] * silu;", "u[i] = d[i] * g[i];")
+    ),
 }
 
 
