@@ -1,4 +1,4 @@
-"""What the claims of an operation are tried on: the reference, and its CUDA kernels, emulated or on a GPU.
+"""What the claims of an operation are tried on: reference, host, and CUDA kernels, emulated or on a GPU.
 
     IMPLEMENTATIONS = implementations(rmsnorm)
 
@@ -18,6 +18,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ import pytest
 from lora.backend import to_host
 from lora.backend.device import cupy_module
 from lora.backend.kernel import using_engine
+from lora.host import row_blocks
 from tests.emulator import requires_emulator
 from tests.emulator.engine import Edit, Emulator
 from tests.harness.claims import Check, claim
@@ -53,6 +55,26 @@ class Reference:
     def on(self, schedule: int) -> Any:
         """Return the module; it knows no schedule."""
         return self._module
+
+
+class Host(Reference):
+    """A module of `lora.host`, in blocks so small that a case has several of them."""
+
+    def __str__(self) -> str:
+        return "host"
+
+    def on(self, schedule: int) -> Any:
+        """Return the module's functions; threads share out the blocks as they come."""
+
+        def in_small_blocks(function: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with patch.object(row_blocks, "BLOCK_ELEMENTS", 64):
+                    return function(*args, **kwargs)
+
+            return run
+
+        public = [name for name in ("angles", "forward", "backward") if hasattr(self._module, name)]
+        return SimpleNamespace(**{name: in_small_blocks(getattr(self._module, name)) for name in public})
 
 
 class Emulated:
@@ -107,11 +129,13 @@ class OnDevice:
 
 def implementations(reference: ModuleType) -> list[Any]:
     """Return everything that implements the operation `reference`, a module of `lora.ops`."""
-    name = f"lora.cuda.{reference.__name__.rpartition('.')[2]}"
-    if not find_spec(name):
-        return [Reference(reference)]
-    kernels = import_module(name)
-    return [Reference(reference), Emulated(kernels), OnDevice(kernels)]
+    stem, found = reference.__name__.rpartition(".")[2], [Reference(reference)]
+    if find_spec(f"lora.host.{stem}"):
+        found.append(Host(import_module(f"lora.host.{stem}")))
+    if find_spec(f"lora.cuda.{stem}"):
+        kernels = import_module(f"lora.cuda.{stem}")
+        found += [Emulated(kernels), OnDevice(kernels)]
+    return found
 
 
 def tried(checks: Mapping[str, Check], on: Sequence[Any]) -> list[Any]:
@@ -131,7 +155,8 @@ def _with_arrays_of(module: ModuleType, run: Callable[..., Any], moved: Callable
         def call(*args: Any, **kwargs: Any) -> Any:
             inside = [_each_array(moved, argument) for argument in args]
             result = run(function, *inside, **{k: _each_array(moved, v) for k, v in kwargs.items()})
-            if function.__name__ == "forward":  # the record for backward stays where it was made
+            # the record for backward stays where it was made; what has no backward has none
+            if function.__name__ == "forward" and isinstance(result, tuple):
                 return _each_array(to_host, result[0]), result[1]
             return _each_array(to_host, result)
 

@@ -1,0 +1,64 @@
+"""Attention of the newest token of each sequence over what the sequence has kept, on a GPU; bfloat16.
+
+Contract: contracts/ops/cached_attention.yaml. Source: kernels/cached_attention.cu; the reference is
+lora/ops/cached_attention.py.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+from lora.backend import Array, Kernel, bfloat16, empty, launch
+from lora.cuda._instances import contiguous
+from lora.errors import ShapeError, UnsupportedError
+
+_WIDTHS = (64, 128, 256)
+_HEADS = (1, 4, 8)  # query heads that a block serves at once
+_WARPS = 8
+
+
+def _kernel(width: int, heads: int) -> Kernel:
+    return Kernel("cached_attention.cu", f"cached_attention<{width}, {heads}, {_WARPS}>", 32 * _WARPS)
+
+
+KERNELS = tuple(_kernel(*each) for each in product(_WIDTHS, _HEADS))
+
+
+def forward(q: Array, keys: Array, values: Array, lengths: Array, *, scale: float) -> Array:
+    """Return o [S, H, E] in q's dtype.
+
+    Args:
+        q: [S, H, E] one rotated query a sequence, of its newest token; bfloat16, and E is 64, 128 or 256.
+        keys: [S, C, G, E] rotated keys, the newest token's too; what stands behind `lengths` is not read.
+        values: [S, C, G, E] likewise.
+        lengths: [S] how many tokens each sequence has kept, from 1 to C. They stay on the device, unchecked;
+            none leads out of the cache.
+        scale: multiplies every score; E^-0.5.
+
+    Raises:
+        ShapeError: the arrays do not fit.
+        UnsupportedError: there is no kernel for the dtype or the width.
+    """
+    _check(q, keys, values, lengths)
+    (sequences, heads, width), (capacity, groups) = q.shape, keys.shape[1:3]
+    q, keys, values, lengths = *map(contiguous, (q, keys, values)), contiguous(lengths, "int64")
+    share, o = heads // groups, empty(q.shape, q.dtype, like=q)
+    at_once = next((least for least in _HEADS if least >= share), _HEADS[-1])
+    grid = (sequences * groups * -(-share // at_once),)
+    launch(_kernel(width, at_once), grid, q, keys, values, lengths, o, scale, capacity, heads, groups)
+    return o
+
+
+def _check(q: Array, keys: Array, values: Array, lengths: Array) -> None:
+    fits = keys.shape == values.shape and len(q) == len(keys) == len(lengths) and q.shape[2] == keys.shape[3]
+    if not fits or q.shape[1] % keys.shape[2]:
+        raise ShapeError(
+            "expected q [S, H, E], keys, values [S, C, G, E], G a divisor of H, S lengths; got q "
+            f"{list(q.shape)}, keys {list(keys.shape)}, values {list(values.shape)}, {len(lengths)} lengths"
+        )
+    dtypes = {x.dtype for x in (q, keys, values)}
+    if dtypes != {bfloat16} or q.shape[2] not in _WIDTHS:
+        raise UnsupportedError(
+            f"cached_attention on a GPU: expected bfloat16 and heads of {', '.join(map(str, _WIDTHS))} "
+            f"dimensions; got {', '.join(sorted(map(str, dtypes)))} and {q.shape[2]}"
+        )
