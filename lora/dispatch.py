@@ -11,6 +11,7 @@ import lora.cuda.embedding
 import lora.cuda.pool
 import lora.cuda.rmsnorm
 import lora.cuda.rope
+import lora.cuda.softmax_xent
 import lora.cuda.swiglu
 from lora.backend.device import current_gpu
 from lora.errors import DeviceError, UnsupportedError
@@ -102,7 +103,7 @@ CUDA = Ops(
     rmsnorm=lora.cuda.rmsnorm,
     rope=lora.cuda.rope,
     sigmoid_gate=Unbuilt("sigmoid_gate"),
-    softmax_xent=Unbuilt("softmax_xent"),
+    softmax_xent=lora.cuda.softmax_xent,
     swiglu=lora.cuda.swiglu,
 )
 

@@ -14,6 +14,7 @@ Szegedy et al. 2016, arXiv:1512.00567, section 7.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from lora.backend import Array, accumulation_dtype, array_module, linear, linear_transpose, matmul, wide
@@ -44,7 +45,17 @@ class Saved(NamedTuple):
     grads: Grads | None
 
 
-class _Head(NamedTuple):
+class Softmax(NamedTuple):
+    """Of each row; the logits have become their own gradient, times `total`."""
+
+    loss: Array  # [N] accumulation dtype
+    best: Array  # [N] the likeliest class
+    total: Array  # [N] sum of the odds, those of `best` being 1
+
+
+class Head(NamedTuple):
+    """What makes the logits."""
+
     weight: Array  # [V, D]
     bias: Array | None  # [V]
 
@@ -81,15 +92,40 @@ def forward(
         DataError: a target is outside [0, V), or the normalizer is not positive.
         UsageError: the label smoothing is outside [0, 1).
     """
+    return forward_by(
+        softmax_rows,
+        hidden,
+        weight,
+        targets,
+        bias,
+        row_weights,
+        normalizer=normalizer,
+        label_smoothing=label_smoothing,
+        wants_gradient=wants_gradient,
+        wants_weight=wants_weight,
+        chunk_bytes=chunk_bytes,
+    )
+
+
+def forward_by(
+    softmax: Callable[..., Softmax],
+    hidden: Array,
+    weight: Array,
+    targets: Array,
+    bias: Array | None,
+    row_weights: Array | None,
+    *,
+    normalizer: float,
+    label_smoothing: float,
+    wants_gradient: bool,
+    wants_weight: bool,
+    chunk_bytes: int,
+) -> tuple[Outcome, Saved]:
+    """Run `forward` with `softmax` in the place of `softmax_rows`, whose arguments and results it has."""
     xp = array_module(hidden, weight, targets, bias, row_weights)
-    if not normalizer > 0:
-        raise DataError(f"the normalizer counts the rows of the step and must be positive; got {normalizer}")
-    if not 0 <= label_smoothing < 1:
-        raise UsageError(f"label_smoothing: expected a share in [0, 1), found {label_smoothing}")
-    head, counted = _Head(weight, bias), xp.flatnonzero(targets != IGNORED)
-    _check_shapes(hidden, head, targets, row_weights)
-    _check_targets(targets[counted], weight.shape[0])
-    grads = _zero_grads(hidden, head, wants_weight) if wants_gradient else None
+    head, counted = Head(weight, bias), xp.flatnonzero(targets != IGNORED)
+    check_arguments(hidden, head, targets, row_weights, normalizer, label_smoothing)
+    grads = zero_grads(hidden, head, wants_weight) if wants_gradient else None
     dtype = accumulation_dtype(hidden.dtype)
     step = max(1, chunk_bytes // (weight.shape[0] * dtype.itemsize))
     loss, correct = 0.0, 0
@@ -97,8 +133,14 @@ def forward(
         rows = counted[start : start + step]
         shares = xp.ones(rows.size, dtype) if row_weights is None else row_weights[rows].astype(dtype)
         shares /= normalizer
-        chunk_loss, chunk_correct = _chunk(hidden, head, rows, targets[rows], shares, label_smoothing, grads)
-        loss, correct = loss + chunk_loss, correct + chunk_correct
+        inputs, aims = hidden[rows], targets[rows]
+        logits = _logits(inputs, head)
+        found = softmax(logits, aims, label_smoothing, wants_gradient=wants_gradient)
+        loss += float((shares * found.loss).sum(dtype="float64"))
+        correct += int((found.best == aims).sum())
+        if grads is not None:
+            _add_gradients(grads, rows, inputs, logits, head, shares / found.total)
+        del logits  # or the next chunk would be made beside it
     return Outcome(loss, correct), Saved(grads)
 
 
@@ -113,7 +155,24 @@ def backward(saved: Saved) -> Grads:
     return saved.grads
 
 
-def _check_shapes(hidden: Array, head: _Head, targets: Array, row_weights: Array | None) -> None:
+def check_arguments(
+    hidden: Array,
+    head: Head,
+    targets: Array,
+    row_weights: Array | None,
+    normalizer: float,
+    label_smoothing: float,
+) -> None:
+    """Refuse what `forward` says it refuses, whatever implements it."""
+    if not normalizer > 0:
+        raise DataError(f"the normalizer counts the rows of the step and must be positive; got {normalizer}")
+    if not 0 <= label_smoothing < 1:
+        raise UsageError(f"label_smoothing: expected a share in [0, 1), found {label_smoothing}")
+    _check_shapes(hidden, head, targets, row_weights)
+    _check_targets(targets[targets != IGNORED], head.weight.shape[0])
+
+
+def _check_shapes(hidden: Array, head: Head, targets: Array, row_weights: Array | None) -> None:
     rows, classes = hidden.shape[:1], head.weight.shape[:1]
     fits = hidden.shape[1:] == head.weight.shape[1:] and targets.shape == rows
     fits = fits and (head.bias is None or head.bias.shape == classes)
@@ -134,28 +193,17 @@ def _check_targets(targets: Array, classes: int) -> None:
         )
 
 
-def _zero_grads(hidden: Array, head: _Head, wants_weight: bool) -> Grads:
+def zero_grads(hidden: Array, head: Head, wants_weight: bool) -> Grads:
+    """Return the gradients before any chunk has added to them."""
     xp, dtype = array_module(hidden), accumulation_dtype(hidden.dtype)
     dweight = xp.zeros(head.weight.shape, dtype) if wants_weight else None
     dbias = xp.zeros(head.weight.shape[0], dtype) if wants_weight and head.bias is not None else None
     return Grads(xp.zeros(hidden.shape, hidden.dtype), dweight, dbias)
 
 
-def _chunk(
-    hidden: Array,
-    head: _Head,
-    rows: Array,
-    targets: Array,
-    shares: Array,
-    smoothing: float,
-    grads: Grads | None,
-) -> tuple[float, int]:
-    """Return the loss and the correct rows of one chunk, and add its gradients to `grads`."""
-    xp, each = array_module(hidden), array_module(hidden).arange(rows.size)
-    inputs = hidden[rows]
-    logits = linear(inputs, head.weight)
-    if head.bias is not None:
-        logits += wide(head.bias)
+def softmax_rows(logits: Array, targets: Array, smoothing: float, *, wants_gradient: bool) -> Softmax:
+    """Return the softmax of rows of `logits` [N, V], each for itself; the logits are written over."""
+    xp, each = array_module(logits), array_module(logits).arange(targets.size)
     best = logits.argmax(axis=1)
     logits -= logits[each, best][:, None]
     aim = logits[each, targets]  # the logits' mean under what the row is trained towards
@@ -163,18 +211,23 @@ def _chunk(
         aim = (1 - smoothing) * aim + smoothing * logits.mean(axis=1)
     odds = xp.exp(logits, out=logits)
     total = odds.sum(axis=1)
-    loss = float((shares * (xp.log(total) - aim)).sum(dtype="float64"))
-    if grads is not None:
+    if wants_gradient:
         # p - onehot is (odds - total · onehot) / total: the division waits for the narrower arrays
         odds[each, targets] -= (1 - smoothing) * total
         if smoothing:
             odds -= (smoothing / odds.shape[1] * total)[:, None]
-        _add_gradients(grads, rows, inputs, odds, head, shares / total)
-    return loss, int((best == targets).sum())
+    return Softmax(xp.log(total) - aim, best, total)
+
+
+def _logits(inputs: Array, head: Head) -> Array:
+    logits = linear(inputs, head.weight)
+    if head.bias is not None:
+        logits += wide(head.bias)
+    return logits
 
 
 def _add_gradients(
-    grads: Grads, rows: Array, inputs: Array, dlogits: Array, head: _Head, scale: Array
+    grads: Grads, rows: Array, inputs: Array, dlogits: Array, head: Head, scale: Array
 ) -> None:
     dhidden = linear_transpose(dlogits, head.weight)
     dhidden *= scale[:, None]

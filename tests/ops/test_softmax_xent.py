@@ -11,19 +11,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lora.cuda.softmax_xent
 from lora.backend import bfloat16, wide
 from lora.contracts import op_contract
 from lora.errors import DataError, ShapeError, UsageError
 from lora.ops import softmax_xent
 from lora.ops.softmax_xent import IGNORED, Grads, Outcome
+from tests.harness.agreement import assert_agrees, widened
 from tests.harness.bounds import gamma
 from tests.harness.cases import seeds, textured, textures
-from tests.harness.claims import assert_killed, claimed, planted
+from tests.harness.claims import assert_killed, claimed, planted, schedules
 from tests.harness.gradcheck import assert_gradients
+from tests.harness.implementations import Emulated, implementations, in_float64, tried
 from tests.ops.observe import assert_refused, assert_unchanged, peak_bytes
 
 CONTRACT = op_contract("softmax_xent")
-IMPLEMENTATIONS = [softmax_xent]
+IMPLEMENTATIONS = implementations(softmax_xent)
 
 
 class Case(NamedTuple):
@@ -96,6 +99,7 @@ def _rows(arrays: dict[str, Any], unit: float) -> list[Row]:
     return rows
 
 
+@in_float64
 def check_gradients(op: Any, case: Case) -> None:
     # at logits of ten thousand the loss is a chain of kinks, which no difference can follow
     case = case._replace(texture="normal") if case.texture == "large" else case
@@ -126,6 +130,7 @@ def check_outcome(op: Any, case: Case) -> None:
         assert grads.weight.dtype == "float32"
 
 
+@in_float64
 def check_chunks_equal_one(op: Any, case: Case) -> None:
     case = case._replace(texture="normal")
     arrays = case.arrays("float64")
@@ -219,6 +224,7 @@ def check_inputs_unchanged(op: Any, case: Case) -> None:
     assert_unchanged(arrays, lambda: op.backward(op.forward(**arrays, **case.scalars(4))[1]))
 
 
+@in_float64
 def check_smoothing(op: Any, case: Case) -> None:
     case = case._replace(texture="normal")
     arrays, smoothing = case.arrays("float64"), (1 + case.seed % 9) / 10
@@ -239,6 +245,27 @@ def check_smoothing(op: Any, case: Case) -> None:
         assert_refused(UsageError, str(foreign), call)
 
 
+def check_agreement(op: Any, case: Case) -> None:
+    rng = np.random.default_rng(case.seed + 1)
+    # more logits than a block reads at once, and rows that are not whole packs of 16 bytes
+    vocabulary = int(rng.choice([case.v, 512 * 8, 512 * 8 + 8 * case.v, 512 * 8 + case.v]))
+    case = case._replace(texture="normal", v=vocabulary, n=min(case.n, 9), c=min(case.c, 4))
+    stored, computed = rng.permutation(["bfloat16", "float32", "bfloat16"])[:2]
+    arrays = case.arrays(computed)
+    arrays["weight"] = arrays["weight"].astype(stored)
+    scalars = case.scalars(4) | {"label_smoothing": float(rng.choice([0.0, 0.1]))}
+    outcome, saved = op.forward(**arrays, **scalars)
+    exact, saved_exact = softmax_xent.forward(**widened(arrays), **scalars)
+    assert abs(outcome.loss - exact.loss) <= 1e-5 * max(1.0, exact.loss)
+    assert outcome.correct == exact.correct
+    narrow = bfloat16 if "bfloat16" in (stored, computed) else np.dtype("float32")
+    for name, found, expected in zip(
+        Grads._fields, op.backward(saved), op.backward(saved_exact), strict=True
+    ):
+        if expected is not None:
+            assert_agrees(found, expected, name, dtype=narrow)
+
+
 def _loss_and_gradients(outcome: Outcome, grads: Grads) -> list[Any]:
     return [np.array(outcome.loss), *(grad for grad in grads if grad is not None)]
 
@@ -254,27 +281,30 @@ CHECKS = {
     "XENT-009": check_refusals,
     "XENT-010": check_inputs_unchanged,
     "XENT-011": check_smoothing,
+    "XENT-012": check_agreement,
 }
 MEASURED = {"XENT-006": check_memory}  # on one case: what it allocates depends on sizes alone
 
 
-@pytest.mark.parametrize("op", IMPLEMENTATIONS, ids=lambda op: op.__name__)
-@pytest.mark.parametrize("check", claimed(CHECKS))
-@given(case=CASES)
-def test_claim(check: Any, op: Any, case: Case) -> None:
-    check(op, case)
+@pytest.mark.parametrize(("check", "op"), tried(CHECKS, IMPLEMENTATIONS))
+@given(case=CASES, schedule=schedules)
+def test_claim(check: Any, op: Any, case: Case, schedule: int) -> None:
+    check(op.on(schedule), case)
 
 
-@pytest.mark.parametrize("op", IMPLEMENTATIONS, ids=lambda op: op.__name__)
 @pytest.mark.parametrize("check", claimed(MEASURED))
-def test_measured_claim(check: Any, op: Any) -> None:
+def test_measured_claim(check: Any) -> None:
     case = {"biased": True, "weighted": True, "ignored": 0.0, "texture": "normal", "seed": 0}
-    check(op, Case(n=1, d=1, v=1, c=1, **case))
+    check(softmax_xent, Case(n=1, d=1, v=1, c=1, **case))
 
 
 def _bug(**changes: Any) -> SimpleNamespace:
     right = {"forward": softmax_xent.forward, "backward": softmax_xent.backward}
     return SimpleNamespace(**right | changes)
+
+
+def _kernel_bug(old: str, new: str, file: str = "softmax_xent.cu") -> Emulated:
+    return Emulated(lora.cuda.softmax_xent, (file, old, new))
 
 
 def _defined(
@@ -415,6 +445,19 @@ MUTANTS = {
     "trains_the_head_always": _bug(forward=_always_trains_head),
     "wraps_negative_targets": _bug(forward=_wrapping),
     "scales_row_weights_in_place": _bug(forward=_scales_row_weights),
+    "no_barrier_before_a_narrow_store": _kernel_bug("if (sizeof(T) < sizeof(float)) __syncthreads();", ""),
+    "no_barrier_between_the_warps": _kernel_bug("= part;\n    __syncthreads();", "= part;"),
+    "onehot_of_the_next_class": _kernel_bug(
+        "if (column + i == target) logits[i] -=", "if (column + i == target + 1) logits[i] -="
+    ),
+    "keeps_the_old_sum_at_a_new_maximum": _kernel_bug(
+        "a.odds * exp2_approx((a.maximum - maximum) * LOG2_E)", "a.odds"
+    ),
+    "counts_what_is_past_the_row": _kernel_bug("logits[i] = -INFINITY", "logits[i] = 0.0f"),
+    "forgets_the_bias_of_the_target": _kernel_bug(" + (bias_V ? widened(bias_V[target]) : 0.0f)", ""),
+    "smooths_no_gradient": _kernel_bug("share * smoothing / V", "0.0f"),
+    "scatters_to_its_own_place": _kernel_bug("(place_R[blockIdx.x]) * D", "(blockIdx.x) * D"),
+    "scatter_leaves_the_end_out": _kernel_bug("if (column >= D) return;", "if (column + PACK > D) return;"),
 }
 
 
