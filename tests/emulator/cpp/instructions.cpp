@@ -10,6 +10,9 @@ size_t dynamic_alignment = 1;
 // Of static and of dynamic shared memory. On a device the dynamic part follows the static one wherever that ends, so
 // that no more may be taken for granted than the alignment that was asked for.
 constexpr uint32_t STATIC_ORIGIN = 1024;  // an address of 0 is then never valid
+static unsigned char* static_begin() {    // rounded down: thread-local storage may begin between two multiples of 1024
+    return shared_memory.begin - reinterpret_cast<uintptr_t>(shared_memory.begin) % 1024;
+}
 static uint32_t dynamic_origin() { return (1u << 20) + static_cast<uint32_t>(dynamic_alignment); }
 
 uint32_t shared_address(const void* pointer) {
@@ -18,16 +21,17 @@ uint32_t shared_address(const void* pointer) {
         fail("shared_address: the pointer does not lead to shared memory");
     if (byte >= dyn_smem && byte < dyn_smem + SHARED_LIMIT)
         return dynamic_origin() + static_cast<uint32_t>(byte - dyn_smem);
-    return STATIC_ORIGIN + static_cast<uint32_t>(byte - shared_memory.begin);
+    return STATIC_ORIGIN + static_cast<uint32_t>(byte - static_begin());
 }
 
 unsigned char* shared_pointer(uint32_t address, size_t bytes, const char* name) {
     if (address % bytes) fail("misaligned address: %s needs a multiple of %zu", name, bytes);
     if (address >= dynamic_origin() && address + bytes <= dynamic_origin() + SHARED_LIMIT)
         return dyn_smem + (address - dynamic_origin());
-    if (address < STATIC_ORIGIN || address + bytes > STATIC_ORIGIN + shared_memory.bytes)
+    unsigned char* pointer = static_begin() + (address - STATIC_ORIGIN);
+    if (pointer < shared_memory.begin || pointer + bytes > shared_memory.begin + shared_memory.bytes)
         fail("illegal shared memory access: %s at address %u", name, address);
-    return shared_memory.begin + (address - STATIC_ORIGIN);
+    return pointer;
 }
 
 static float widened(uint32_t bf16) {

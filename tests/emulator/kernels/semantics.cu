@@ -1,7 +1,7 @@
 // Small kernels that show what the emulator does with one feature each; tests/emulator/test_emulator.py runs them.
 #include "../../../kernels/ptx.cuh"
 
-extern __shared__ unsigned char dyn_smem[];
+extern __shared__ __align__(128) unsigned char dyn_smem[];
 
 __global__ void number(int* found) {
     const int number = (blockIdx.y * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x;
@@ -206,3 +206,28 @@ __device__ __noinline__ int deeper(volatile int* x, int depth) {
     return depth == 1 << 20 ? 0 : deeper(room, depth + 1) + room[depth % 1024];
 }
 __global__ void recurse(int* x) { x[0] = deeper(x, 0); }
+
+__global__ void exponentials(const float* x, float* y) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    y[i] = exp2_approx(x[i]);
+}
+
+__global__ void copy_packs(const unsigned* x, unsigned* plain, unsigned* streaming) {
+    store_16(plain + 4 * threadIdx.x, load_16(x + 4 * threadIdx.x));
+    store_16_streaming(streaming + 4 * threadIdx.x, load_16_streaming(x + 4 * threadIdx.x));
+}
+
+// x [2, 128], found [2, 128]: each group of copies once it has been waited for
+__global__ void copy_and_wait(const float* x, float* found) {
+    float* shared = reinterpret_cast<float*>(dyn_smem);
+    const int first = threadIdx.x * 4;
+    for (int group = 0; group < 2; group++) {
+        const bool valid = group == 0 || threadIdx.x < 31;
+        cp_async_16(shared_address(shared + 128 * group + first), x + 128 * group + first, valid);
+        cp_async_commit();
+    }
+    cp_async_wait<1>();
+    for (int i = first; i < first + 4; i++) found[i] = shared[i];
+    cp_async_wait<0>();
+    for (int i = first; i < first + 4; i++) found[128 + i] = shared[128 + i];
+}
