@@ -13,6 +13,13 @@ import lora.cuda.rmsnorm
 import lora.cuda.rope
 import lora.cuda.softmax_xent
 import lora.cuda.swiglu
+import lora.host.attention
+import lora.host.gated_norm
+import lora.host.rmsnorm
+import lora.host.rope
+import lora.host.sigmoid_gate
+import lora.host.softmax_xent
+import lora.host.swiglu
 from lora.backend.device import current_gpu
 from lora.errors import DeviceError, UnsupportedError
 from lora.ops import (
@@ -89,6 +96,16 @@ REFERENCE = Ops(
     swiglu=swiglu,
 )
 
+HOST = REFERENCE._replace(
+    attention=lora.host.attention,
+    gated_norm=lora.host.gated_norm,
+    rmsnorm=lora.host.rmsnorm,
+    rope=lora.host.rope,
+    sigmoid_gate=lora.host.sigmoid_gate,
+    softmax_xent=lora.host.softmax_xent,
+    swiglu=lora.host.swiglu,
+)
+
 # one line an operation: lora.cuda's module of its name, once that is there
 CUDA = Ops(
     adamw=Unbuilt("adamw"),
@@ -107,7 +124,7 @@ CUDA = Ops(
     swiglu=lora.cuda.swiglu,
 )
 
-_TABLES = {"cpu": REFERENCE, "cuda": CUDA}
+_TABLES = {"cpu": HOST, "cuda": CUDA}
 
 
 def implementations(device: str) -> Ops:
@@ -144,7 +161,9 @@ def _choice(device: str, name: str, module: Any) -> Choice:
     if isinstance(module, Unbuilt):
         return Choice(name, "none", "no CUDA kernel in this version; runs on the CPU alone")
     if device == "cpu":
-        return Choice(name, "reference", "NumPy on the host")
+        if module is getattr(REFERENCE, name):
+            return Choice(name, "reference", "NumPy, as it is defined")
+        return Choice(name, "host", "NumPy in blocks that stay in the caches, on all threads")
     files = sorted({f"kernels/{kernel.file}" for kernel in module.KERNELS})
     return Choice(name, "cuda", f"compiled from {' and '.join(files)}")
 

@@ -71,7 +71,8 @@ def test_choices_say_where_a_kernel_comes_from(monkeypatch: pytest.MonkeyPatch) 
     module = SimpleNamespace(KERNELS=(SimpleNamespace(file="rope.cu"), SimpleNamespace(file="rope.cu")))
     monkeypatch.setitem(dispatch._TABLES, "cuda", CUDA._replace(rope=module))
     assert Choice("rope", "cuda", "compiled from kernels/rope.cu") in choices("cuda")
-    assert {choice.implementation for choice in choices("cpu")} == {"reference"}
+    by_operation = {choice.operation: choice.implementation for choice in choices("cpu")}
+    assert (by_operation["rmsnorm"], by_operation["embedding"]) == ("host", "reference")
 
 
 class Used:

@@ -6,21 +6,23 @@ at a time into a buffer that is used again, so that no weight ever exists twice 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from lora.backend.arrays import Array, array_module
+from lora.backend.blas import gemm
 from lora.backend.dtypes import accumulation_dtype, bfloat16, wide
-from lora.backend.memory import empty
+from lora.backend.memory import empty, scratch
+from lora.backend.threads import run_all
 
 WIDENED_BYTES = (
     64 * 2**20
 )  # one block of a widened weight: it stays near the caches and bounds the extra memory
 
-_scratch = threading.local()
+_WIDENED_AT_ONCE = 2**17  # elements that one thread widens: they are still in its cache for the second pass
 
 
 def matmul(a: Array, b: Array) -> Array:
@@ -55,10 +57,13 @@ def matmul_into(out: Array, a: Array, b: Array, *, scale: float = 1.0, accumulat
 
         current_cublas().matmul_into(out, a, b, scale=scale, accumulate=accumulate)
         return out
+    a, b = wide(a), wide(b)
     plain = scale == 1 and not accumulate
-    if plain and out.dtype == accumulation_dtype(a.dtype) == accumulation_dtype(b.dtype):
-        return np.matmul(wide(a), wide(b), out=out)
-    product = wide(a) @ wide(b)
+    if plain and out.dtype == a.dtype == b.dtype:
+        return np.matmul(a, b, out=out)
+    if gemm(out, a, b, scale=scale, accumulate=accumulate):
+        return out
+    product = a @ b
     if scale != 1:
         product *= scale
     if accumulate:
@@ -70,9 +75,9 @@ def matmul_into(out: Array, a: Array, b: Array, *, scale: float = 1.0, accumulat
 def linear(x: Array, weight: Array) -> Array:
     """Return x weightᵀ, [N, O], for `x` [N, I] and `weight` [O, I], in x's accumulation dtype."""
     x = _operand(x, weight)
+    y = empty((x.shape[0], weight.shape[0]), accumulation_dtype(x.dtype), like=x)
     if weight.dtype == x.dtype:
-        return matmul(x, weight.T)
-    y = empty((x.shape[0], weight.shape[0]), x.dtype, like=x)
+        return matmul_into(y, x, weight.T)
     for rows, block in _widened(weight, x.dtype):
         matmul_into(y[:, rows], x, block.T)
     return y
@@ -81,9 +86,9 @@ def linear(x: Array, weight: Array) -> Array:
 def linear_transpose(dy: Array, weight: Array) -> Array:
     """Return dy weight, [N, I], for `dy` [N, O] and `weight` [O, I], in dy's accumulation dtype."""
     dy = _operand(dy, weight)
+    dx = empty((dy.shape[0], weight.shape[1]), accumulation_dtype(dy.dtype), like=dy)
     if weight.dtype == dy.dtype:
-        return matmul(dy, weight)
-    dx = empty((dy.shape[0], weight.shape[1]), dy.dtype, like=dy)
+        return matmul_into(dx, dy, weight)
     for rows, block in _widened(weight, dy.dtype):
         matmul_into(dx, dy[:, rows], block, accumulate=rows.start > 0)
     return dx
@@ -102,12 +107,18 @@ def _widened(weight: Array, dtype: np.dtype[Any]) -> Iterator[tuple[slice, Array
     if array_module(weight) is not np:
         yield from ((slice(i, i + step), weight[i : i + step].astype(dtype)) for i in range(0, rows, step))
         return
-    buffer = _buffer(min(step, rows) * columns, dtype)
+    buffer = scratch(min(step, rows) * columns, dtype)
     for start in range(0, rows, step):
         block = weight[start : start + step]
         out = buffer[: block.size].reshape(block.shape)
-        widen_into(out, block)
+        _widen_on_all_threads(out, block)
         yield slice(start, start + step), out
+
+
+def _widen_on_all_threads(out: Array, narrow: Array) -> None:
+    step = max(1, _WIDENED_AT_ONCE // narrow.shape[1])
+    starts = range(0, len(narrow), step)
+    run_all([partial(widen_into, out[i : i + step], narrow[i : i + step]) for i in starts])
 
 
 def widen_into(out: Array, narrow: Array) -> None:
@@ -119,11 +130,3 @@ def widen_into(out: Array, narrow: Array) -> None:
         np.left_shift(bits, 16, out=bits)
     else:
         np.copyto(out, narrow.astype(accumulation_dtype(narrow.dtype), copy=False))
-
-
-def _buffer(size: int, dtype: np.dtype[Any]) -> Array:
-    """Return this thread's scratch of at least `size` elements of `dtype`."""
-    held: dict[Any, Array] = _scratch.__dict__
-    if dtype not in held or held[dtype].size < size:
-        held[dtype] = np.empty(size, dtype)
-    return held[dtype]

@@ -7,7 +7,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from lora.estimate.activations import saved_bytes
-from lora.estimate.scratch import head_gradient_bytes, logits_bytes, scratch_bytes, widening_bytes
+from lora.estimate.scratch import (
+    head_gradient_bytes,
+    logits_bytes,
+    row_block_bytes,
+    scratch_bytes,
+    widening_bytes,
+)
 from lora.estimate.workload import MOMENT_BYTES, TRAINED_BYTES, Workload
 
 HOST_ACTIVATION_BYTES = 2 * 2**30  # what one micro-batch may take of a host: more runs no faster there
@@ -50,8 +56,8 @@ def memory(workload: Workload, tokens: int, *, longest: int, accumulates: bool) 
         accumulates: whether a step adds up the gradients of more than one micro-batch.
     """
     saved, logits = saved_bytes(workload, tokens, longest), logits_bytes(workload, tokens, longest)
-    # the logits are gone when the blocks' backward begins: what that has live counts only where it is more
-    scratch = max(0, scratch_bytes(workload, tokens, longest) - logits)
+    # the logits' memory stays in the pool when the blocks' backward begins
+    scratch = scratch_bytes(workload, tokens, longest) + row_block_bytes(workload, tokens)
     gradient = workload.held_parameters * workload.wide_bytes
     if accumulates:
         # a second set grows beside the sum, in the room that the records leave as they are used up

@@ -9,8 +9,10 @@ from __future__ import annotations
 from math import ceil
 
 from lora.backend.gemm import WIDENED_BYTES
+from lora.backend.threads import thread_count
 from lora.estimate.activations import delta_channels, layer_record, recorded_layers
 from lora.estimate.workload import STORED_BYTES, TRAINED_BYTES, Workload
+from lora.host.row_blocks import BLOCK_ELEMENTS
 from lora.ops.attention import JOINED_TOKENS, TILE_SCORES
 from lora.ops.gated_delta_rule import CHUNK, STEP_ELEMENTS
 from lora.ops.softmax_xent import CHUNK_BYTES
@@ -32,8 +34,8 @@ def scratch_bytes(workload: Workload, tokens: int, longest: int) -> int:
 
 def _feed_forward_backward(workload: Workload, tokens: int) -> int:
     narrow, wide = workload.activation_bytes, workload.wide_bytes
-    # one gradient from above, and four arrays of SwiGLU's; narrow inputs are widened into copies
-    width = 7 * wide + narrow if narrow < wide else 5 * wide
+    # one gradient from above, and two that leave SwiGLU, widened for the products that they enter
+    width = 3 * narrow + 2 * wide if narrow < wide else 3 * wide
     return tokens * (width * workload.spec.intermediate_size + 2 * narrow * workload.spec.hidden_size)
 
 
@@ -125,6 +127,17 @@ def _embedding_gradient(workload: Workload, tokens: int) -> int:
     # all blocks' records are gone by now; what the two ends of the decoder hold for each token is not
     rows = 2 * workload.spec.vocab_size + 6 * tokens
     return rows * workload.spec.hidden_size * workload.wide_bytes
+
+
+def row_block_bytes(workload: Workload, tokens: int) -> int:
+    """Return what the threads of a CPU keep beside the arrays whose rows they go through, block by block."""
+    if workload.device != "cpu":
+        return 0
+    # SwiGLU's backward takes most: one array of its own, and five that are widened or rounded in passing
+    arrays = 6 if workload.activation_bytes < workload.wide_bytes else 1
+    whole = tokens * workload.spec.intermediate_size
+    threads = min(thread_count(), ceil(whole / BLOCK_ELEMENTS))
+    return threads * arrays * min(BLOCK_ELEMENTS, whole) * workload.wide_bytes
 
 
 def widening_bytes(workload: Workload) -> int:

@@ -67,7 +67,7 @@ def forward(q: Array, k: Array, v: Array, cu_seqlens: Array, *, scale: float) ->
         ShapeError: the arrays do not fit, G does not divide H, or the boundaries do not run from 0 to N.
     """
     xp = array_module(q, k, v, cu_seqlens)
-    _check_shapes(q, k, v, cu_seqlens)
+    check_shapes(q, k, v, cu_seqlens)
     groups, keys, values = k.shape[1], _heads_first(k), _heads_first(v)
     o = empty(q.shape, q.dtype, like=q)
     lse = empty((*q.shape[:2], 1), accumulation_dtype(q.dtype), like=q)
@@ -105,7 +105,8 @@ def backward(saved: Saved, do: Array) -> Grads:
     return Grads(dq, _tokens_first(dkeys, k), _tokens_first(dvalues, v))
 
 
-def _check_shapes(q: Array, k: Array, v: Array, cu_seqlens: Array) -> None:
+def check_shapes(q: Array, k: Array, v: Array, cu_seqlens: Array) -> None:
+    """Check that the arrays of `forward` fit each other, and that the boundaries run from 0 to N."""
     fits = k.shape == v.shape and q.shape[::2] == k.shape[::2] and q.shape[1] % k.shape[1] == 0
     if not fits or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != q.shape[0]:
         raise ShapeError(
@@ -131,7 +132,7 @@ def _tiles(q: Array, cu_seqlens: Array) -> Iterator[_Tile]:
     bounds: list[int] = to_host(cu_seqlens).tolist()
     tokens = xp.arange(q.shape[0])
     sequence_start = xp.repeat(cu_seqlens[:-1], cu_seqlens[1:] - cu_seqlens[:-1])
-    for first, last in _runs(bounds):
+    for first, last in runs(bounds):
         # never less than JOINED_TOKENS, so that a tile cut from a run holds rows of one sequence alone
         step = max(JOINED_TOKENS, TILE_SCORES // (heads * (last - first)))
         for start in range(first, last, step):
@@ -141,7 +142,7 @@ def _tiles(q: Array, cu_seqlens: Array) -> Iterator[_Tile]:
             yield _Tile(rows, slice(first, rows.stop), xp.where(visible, 0, -xp.inf).astype(dtype))
 
 
-def _runs(bounds: list[int]) -> Iterator[tuple[int, int]]:
+def runs(bounds: list[int]) -> Iterator[tuple[int, int]]:
     """Yield (first, last) of every long sequence alone and of neighbouring short sequences together."""
     first, last = 0, 0
     for stop in bounds[1:]:

@@ -46,7 +46,7 @@ def forward(
     stream = x if residual is None else x + residual
     rows = wide(stream)
     rstd = 1 / xp.sqrt(xp.mean(rows * rows, axis=-1, keepdims=True) + eps)
-    normed, scale = rows * rstd, _scale(weight, zero_centred, rows.dtype)
+    normed, scale = rows * rstd, scale_of(weight, zero_centred, rows.dtype)
     if not zero_centred:
         normed = wide(normed.astype(x.dtype, copy=False))
     y = normed * scale
@@ -57,7 +57,7 @@ def backward(saved: Saved, dy: Array, dstream: Array | None = None, *, wants_wei
     """Return the gradients, given `dy` [N, D] for y and `dstream` [N, D] for the stream as it flows on."""
     xp = array_module(saved.stream, dy, dstream)
     normed = wide(saved.stream) * saved.rstd
-    dnormed = wide(dy) * _scale(saved.weight, saved.zero_centred, normed.dtype)
+    dnormed = wide(dy) * scale_of(saved.weight, saved.zero_centred, normed.dtype)
     # the projection removes the part of dnormed that would only rescale the row
     along = xp.mean(dnormed * normed, axis=-1, keepdims=True)
     dx = saved.rstd * (dnormed - normed * along)
@@ -67,6 +67,6 @@ def backward(saved: Saved, dy: Array, dstream: Array | None = None, *, wants_wei
     return Grads(dx.astype(saved.stream.dtype, copy=False), dweight)
 
 
-def _scale(weight: Array, zero_centred: bool, dtype: Any) -> Array:
+def scale_of(weight: Array, zero_centred: bool, dtype: Any) -> Array:
     """Return what a normed row is multiplied by, [D]; widened first: 1 + weight is rounded in `dtype`."""
     return 1 + weight.astype(dtype) if zero_centred else weight.astype(dtype, copy=False)

@@ -77,9 +77,7 @@ def forward(
     Raises:
         ShapeError: a head is narrower than the part that is to be rotated.
     """
-    array_module(q, k, cos, sin, q_norm, k_norm)
-    if 2 * cos.shape[1] > q.shape[2]:
-        raise ShapeError(f"heads of {q.shape[2]} dimensions cannot have {2 * cos.shape[1]} of them rotated")
+    check_width(q, k, cos, sin, q_norm, k_norm)
     q, q_normed = _normed(q, q_norm, eps)
     k, k_normed = _normed(k, k_norm, eps)
     return (_rotated(q, cos, sin), _rotated(k, cos, sin)), Saved(cos, sin, q_normed, k_normed)
@@ -90,6 +88,13 @@ def backward(saved: Saved, dq: Array, dk: Array, *, wants_norms: bool = False) -
     dq, dq_norm = _unnormed(saved.q_normed, _rotated(dq, saved.cos, -saved.sin), wants_norms)
     dk, dk_norm = _unnormed(saved.k_normed, _rotated(dk, saved.cos, -saved.sin), wants_norms)
     return Grads(dq, dk, dq_norm, dk_norm)
+
+
+def check_width(q: Array, k: Array, cos: Array, sin: Array, *norms: Array | None) -> None:
+    """Check that the heads are as wide as what is rotated of them, and that all arrays are of one library."""
+    array_module(q, k, cos, sin, *norms)
+    if 2 * cos.shape[1] > q.shape[2]:
+        raise ShapeError(f"heads of {q.shape[2]} dimensions cannot have {2 * cos.shape[1]} of them rotated")
 
 
 def _rotated(x: Array, cos: Array, sin: Array) -> Array:

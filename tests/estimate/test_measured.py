@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import lora
-from lora.backend import gemm
+from lora.backend.memory import release
 from lora.data.packed import Packed, pack, pack_causal
 from lora.estimate import Workload, memory
 from lora.estimate.activations import saved_bytes
@@ -169,9 +169,7 @@ def peaks(case: Case, micro_batches: int, folder: Path) -> tuple[int, int]:
     """Return the bytes that a step allocates beside the model and its adapter: (measured, estimated)."""
     model, batch, tokens = case.model(folder), case.batch(), case.rows * LONGEST // micro_batches
     optimizer = AdamW(model, 1e-4)
-    vars(gemm)[
-        "_scratch"
-    ].__dict__.clear()  # the widening buffer that an earlier test left is part of this one
+    release()  # what an earlier test left in the pool is part of this one
     tracemalloc.start()
     try:
         for _ in range(2):  # the moments are made at the end of the first

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lora.host.attention
 from lora.backend import bfloat16
 from lora.contracts import op_contract
 from lora.errors import ShapeError
@@ -44,8 +45,8 @@ SMALL_TILES = SimpleNamespace(
     forward=_in_small_tiles(attention.forward),
     backward=_in_small_tiles(attention.backward),
 )
-IMPLEMENTATIONS = [attention, SMALL_TILES]
-_, *KERNELS = implementations(attention)
+IMPLEMENTATIONS = [attention, SMALL_TILES, lora.host.attention]
+_, _, *KERNELS = implementations(attention)
 EMULATED = [op for op in KERNELS if isinstance(op, Emulated)]
 
 

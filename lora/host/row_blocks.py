@@ -1,0 +1,72 @@
+"""One function over all rows of some arrays, a block at a time, so that what it works on stays in a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from lora.backend import Array, accumulation_dtype, run_all, scratch
+
+BLOCK_ELEMENTS = 2**17  # of an array: blocks stay in the caches, and calls long beside Python's lock
+_LANES = 16  # elements that scratch arrays are kept apart by, so that each starts at a vector
+
+
+def over_rows(
+    function: Callable[..., Any],
+    outputs: Sequence[Array],
+    inputs: Sequence[Array],
+    *,
+    temporaries: int = 0,
+) -> None:
+    """Call `function(*outputs, *inputs, *temporaries)` for block after block of rows, on all threads.
+
+    Every block comes in the accumulation dtype: that of a narrower input is widened, and that of a narrower
+    output is rounded when the function returns.
+
+    Args:
+        function: reads and writes blocks; it sees each row once.
+        outputs: written, [N, ...]; none is wider than the first.
+        inputs: read, of as many rows and no wider.
+        temporaries: how many more blocks of the first output's shape the function may write over.
+    """
+    dtype, blocks = accumulation_dtype(outputs[0].dtype), row_blocks(outputs[0])
+    narrow = sum(array.dtype != dtype for array in (*outputs, *inputs))
+
+    def run(block: slice) -> None:
+        largest = outputs[0][blocks[0]].size
+        spare = _Spare(dtype, narrow + temporaries, largest)
+        ins = [x[block] if x.dtype == dtype else spare.copy(x[block]) for x in inputs]
+        outs = [y[block] if y.dtype == dtype else spare.like(y[block]) for y in outputs]
+        function(*outs, *ins, *(spare.like(outs[0]) for _ in range(temporaries)))
+        for y, out in zip(outputs, outs, strict=True):
+            if y.dtype != dtype:
+                y[block] = out
+
+    run_all([partial(run, block) for block in blocks])
+
+
+def row_blocks(array: Array) -> list[slice]:
+    """Return slices that cover the rows of `array` [N, ...], at least one row each."""
+    step = max(1, BLOCK_ELEMENTS // max(1, array[:1].size))
+    return [slice(start, min(start + step, len(array))) for start in range(0, len(array), step)]
+
+
+class _Spare:
+    """Arrays out of one thread's scratch, one behind the other."""
+
+    def __init__(self, dtype: Any, count: int, largest: int) -> None:
+        self._apart = -(-largest // _LANES) * _LANES
+        self._flat, self._used = scratch(count * self._apart, dtype), 0
+
+    def like(self, block: Array) -> Array:
+        """Return an array of the shape of `block`."""
+        start = self._used * self._apart
+        self._used += 1
+        return self._flat[start : start + block.size].reshape(block.shape)
+
+    def copy(self, block: Array) -> Array:
+        """Return `block` in the scratch's dtype."""
+        out = self.like(block)
+        out[...] = block
+        return out
