@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from lora.train.optimizer import AdamW
     from lora.train.recipe import read_recipe
     from lora.train.run import Run
+    from lora.train.several import finetune_each
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ _HOMES = {
     "Plan": "lora.estimate",
     "Run": "lora.train.run",
     "finetune": "lora.train.finetune",
+    "finetune_each": "lora.train.several",
     "load": "lora.model.loading",
     "plan": "lora.estimate",
     "read_recipe": "lora.train.recipe",
@@ -85,6 +87,7 @@ __all__ = [
     "ValidationError",
     "WriteError",
     "finetune",
+    "finetune_each",
     "load",
     "plan",
     "read_recipe",

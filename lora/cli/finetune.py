@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora.cli.options import output_options
+from lora.cli.adapters import Pair, adapters_option
+from lora.cli.options import given, output_options
 from lora.cli.output import note, print_facts, print_json, print_table
 from lora.cli.recipe import recipe_option
 from lora.cli.unbuilt import refuse_apr
@@ -45,6 +46,7 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str) -> str | tu
     "--data", "-d", metavar="FILE", help='JSON Lines: {"input", "label"}, {"text"}, {"messages"} ...'
 )
 @click.option("--output", "-o", metavar="DIR", default=OUTPUT, help="Where the run is written.")
+@adapters_option
 @recipe_option
 @setting(
     "--task",
@@ -132,6 +134,7 @@ def finetune(
     model: str | None,
     data: str | None,
     output: str,
+    adapters: tuple[Pair, ...],
     plan: bool,
     vram: float | None,
     resume: bool,
@@ -146,7 +149,11 @@ def finetune(
     `lora finetune merge` and `lora finetune --merge` are `lora merge`.
     """
     config = FinetuneConfig(**settings)
-    refuse_apr(model, output)
+    refuse_apr(model, output, *(folder for _, folder in adapters))
+    if adapters:
+        _refuse_beside_adapters(
+            {"--data": data is not None, "-o": output != OUTPUT or given("output"), "--plan": plan}
+        )
     if plan:
         if resume or allow_data_mismatch:
             raise UsageError("--resume goes on with a run, and --plan starts none")
@@ -154,6 +161,10 @@ def finetune(
         return
     if vram is not None:
         raise UsageError("--vram belongs to --plan")
+    settings |= {"resume": resume, "allow_data_mismatch": allow_data_mismatch}
+    if adapters:
+        _train_each(_model(config, model), adapters, settings, quiet=quiet, as_json=as_json)
+        return
     inputs = _inputs(config, model, data)
     if inputs.note:
         note(inputs.note)
@@ -161,12 +172,36 @@ def finetune(
     from lora.cli.progress import progress
     from lora.train.finetune import finetune as train
 
-    going_on = {"resume": resume, "allow_data_mismatch": allow_data_mismatch}
     with progress(quiet=quiet) as callback:
-        run = train(inputs.model, inputs.data, output=output, callbacks=[callback], **going_on, **settings)
+        run = train(inputs.model, inputs.data, output=output, callbacks=[callback], **settings)
     if as_json:
         print_json(run.as_dict() | {"base_model": str(inputs.model), "data": str(inputs.data)})
     else:
+        print_run(run)
+
+
+def _refuse_beside_adapters(named: dict[str, bool]) -> None:
+    found = [flag for flag, is_named in named.items() if is_named]
+    if found:
+        raise UsageError(
+            f"--adapters DATA:DIR names each run's rows and folder; leave out {', '.join(found)}"
+        )
+
+
+def _train_each(
+    model: str, adapters: tuple[Pair, ...], settings: dict[str, Any], *, quiet: bool, as_json: bool
+) -> None:
+    from lora.cli.progress import progress
+    from lora.train.several import finetune_each
+
+    with progress(quiet=quiet) as callback:
+        runs = finetune_each(model, adapters, callbacks=[callback], **settings)
+    if as_json:
+        documents = [run.as_dict() | {"data": data} for run, (data, _) in zip(runs, adapters, strict=True)]
+        print_json({"status": "training_complete", "base_model": model, "runs": documents})
+        return
+    for run, (data, folder) in zip(runs, adapters, strict=True):
+        click.echo(f"\n{data} in {folder}\n")
         print_run(run)
 
 
@@ -192,22 +227,25 @@ class Inputs:
 
 
 def _inputs(config: FinetuneConfig, model: str | None, data: str | None) -> Inputs:
-    if config.model_size is not None:
-        from lora.spec import size_hub
-
-        hub_id = size_hub(
-            config.model_size
-        )  # a size that no contract knows is refused before anything is read
-        model = hub_id if model is None else model
-    if model is None and data is None and config.task == "classify":
+    if model is None and data is None and config.task == "classify" and config.model_size is None:
         return _embedded()
     if data is None:
         raise UsageError("nothing to train on: name a JSON Lines file with --data, or ask for a --plan")
+    return Inputs(_model(config, model), data)
+
+
+def _model(config: FinetuneConfig, model: str | None) -> str:
+    if config.model_size is not None:
+        from lora.spec import size_hub
+
+        # a size that no contract knows is refused before anything is read
+        hub_id = size_hub(config.model_size)
+        model = hub_id if model is None else model
     if model is None:
         raise UsageError(
             "nothing to train: name a MODEL (a checkpoint's folder or a hub id), or a --model-size"
         )
-    return Inputs(model, data)
+    return model
 
 
 def _embedded() -> Inputs:

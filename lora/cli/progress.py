@@ -83,6 +83,8 @@ class ProgressBar(Notes):
         """Say what is trained on what, and draw the bar."""
         print_facts(_facts(event), err=True)
         super().started(event)
+        for finished in self._bar.task_ids:  # of an adapter that was trained before this one
+            self._bar.remove_task(finished)
         done, total = event.done_steps, event.total_steps
         self._task = self._bar.add_task("", total=total, completed=done, epoch=1, state="")
         self._bar.start()

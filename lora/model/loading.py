@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lora.backend import Array, compute_dtype, named_stream
-from lora.dispatch import implementations, require
+from lora.dispatch import Ops, implementations, require
 from lora.errors import AdapterError, ContractError, UnsupportedError, UsageError
 from lora.io.checkpoint import Checkpoint, load_weights, open_checkpoint
 from lora.io.hub import resolve
@@ -23,6 +24,43 @@ from lora.spec import tensor_shapes
 
 LANGUAGE_HEAD = "lm_head.weight"
 SCORE, SCORE_BIAS = "score.weight", "score.bias"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A checkpoint in memory: any number of models stand on its tensors, and none of them writes to them."""
+
+    name: str  # what an adapter calls it
+    checkpoint: Checkpoint
+    device: str
+    ops: Ops
+    dtype: np.dtype[Any]  # of the arithmetic
+
+    def model(
+        self,
+        *,
+        num_labels: int | None = None,
+        pooling: Pooling | None = None,
+        head_bias: bool | None = None,
+        class_names: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> Model:
+        """Return a model with a head of its own and no adapter; arguments and errors as in `load`."""
+        checkpoint = self.checkpoint
+        names = _class_names(num_labels, class_names)
+        classifies = names is not None or SCORE in checkpoint.tensors
+        require(self.device, operations(checkpoint.spec, classifies=classifies))
+        parameters = Parameters(_weights(checkpoint, classifies=classifies), layout=checkpoint.layout)
+        head: Head = CausalHead()
+        if classifies:
+            head = _classifier(checkpoint, parameters, names, pooling, head_bias, seed)
+        return Model(checkpoint.spec, parameters, head, self.ops, self.dtype, checkpoint, self.name)
+
+
+def open_base(path: str | Path, device: str = "cpu", dtype: str = "float32") -> Base:
+    """Return the checkpoint in a folder or under a hub id; arguments and errors as in `load`."""
+    ops, compute = implementations(device), compute_dtype(dtype)
+    return Base(base_name(path), open_checkpoint(resolve(path)), device, ops, compute)
 
 
 def load(
@@ -63,16 +101,10 @@ def load(
         return _load_with_adapter(folder, base, device, dtype)
     if base is not None:
         raise UsageError(f"base = {str(base)!r} is for an adapter's folder, and {folder} holds no {CONFIG}")
-    checkpoint = open_checkpoint(folder)
-    names = _class_names(num_labels, class_names)
-    classifies = names is not None or SCORE in checkpoint.tensors
-    require(device, operations(checkpoint.spec, classifies=classifies))
-    weights = _weights(checkpoint, classifies=classifies)
-    parameters = Parameters(weights, layout=checkpoint.layout)
-    head: Head = CausalHead()
-    if names is not None or SCORE in parameters.weights:
-        head = _classifier(checkpoint, parameters, names, pooling, head_bias, seed)
-    return Model(checkpoint.spec, parameters, head, ops, compute, checkpoint, base_name(path))
+    opened = Base(base_name(path), open_checkpoint(folder), device, ops, compute)
+    return opened.model(
+        num_labels=num_labels, pooling=pooling, head_bias=head_bias, class_names=class_names, seed=seed
+    )
 
 
 def base_name(path: str | Path) -> str:

@@ -22,7 +22,7 @@ from lora.errors import LoraWarning, MissingFileError, UsageError
 from lora.estimate import Plan, plan
 from lora.io.checkpoint import read_config
 from lora.io.hub import require_path, resolve
-from lora.model.loading import base_name, load
+from lora.model.loading import Base, base_name, open_base
 from lora.model.model import Model
 from lora.spec import ModelSpec, check_named_size, read_spec
 from lora.train.callbacks import Callback, Started
@@ -69,6 +69,16 @@ class Prepared:
     class_names: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Checked:
+    """A run that may begin, or go on, once the weights are loaded."""
+
+    prepared: Prepared
+    output: Path
+    identity: dict[str, Any]
+    state: State | None  # that it goes on from
+
+
 def finetune(
     model: Model | str | Path,
     data: str | Path,
@@ -109,19 +119,39 @@ def finetune(
             order; nothing is written before all of them are.
         DivergedError: a loss or gradient is no longer finite.
     """
-    config, output = _config(task, settings), Path(output)
+    config = settings_of_run(task, settings)
+    going_on = {"resume": resume, "allow_data_mismatch": allow_data_mismatch}
+    checked = check_run(config, model, Path(data), Path(output), **going_on)
+    base = model if isinstance(model, Model) else open_base(model, config.device, config.dtype)
+    return train_run(base, checked, callbacks)
+
+
+def check_run(
+    config: FinetuneConfig,
+    model: Model | str | Path,
+    data: Path,
+    output: Path,
+    *,
+    resume: bool,
+    allow_data_mismatch: bool,
+) -> Checked:
+    """Read and check all that a run needs but the weights; arguments and errors as in `finetune`."""
     if allow_data_mismatch and not resume:
         raise UsageError("allow_data_mismatch belongs to resume")
     if not resume:
         refuse_another_run(output)
-    prepared = prepare(config, model, Path(data))
+    prepared = prepare(config, model, data)
     identity = run_identity(prepared, model)
     state = state_to_resume(output) if resume else None
     if state is not None:
         before = state.facts["identity"]
         check_same_run(output, before, identity, allow_data_mismatch=allow_data_mismatch)
-    loaded = _trainable_model(model, prepared)
-    return _train(loaded, prepared, output, list(callbacks), identity, state)
+    return Checked(prepared, output, identity, state)
+
+
+def train_run(base: Base | Model, checked: Checked, callbacks: Sequence[Callback]) -> Run:
+    """Train what was checked: a new model on `base`, or the model that is given."""
+    return _train(_trainable_model(base, checked.prepared), checked, list(callbacks))
 
 
 def prepare(config: FinetuneConfig, model: Model | str | Path, data: Path) -> Prepared:
@@ -170,7 +200,13 @@ def _planned(config: FinetuneConfig, spec: ModelSpec, class_names: Sequence[str]
     return plan(spec, **settings, head_bias=config.head_bias is not False)
 
 
-def _config(task: str | None, settings: dict[str, Any]) -> FinetuneConfig:
+def settings_of_run(task: str | None, settings: dict[str, Any]) -> FinetuneConfig:
+    """Return the settings by name as one checked record.
+
+    Raises:
+        UsageError: a name is unknown, or a value out of range.
+        UnsupportedError: a method or task that is not built yet.
+    """
     unknown = sorted(settings.keys() - FinetuneConfig.__dataclass_fields__.keys())
     if unknown:
         known = ", ".join(sorted(FinetuneConfig.__dataclass_fields__))
@@ -178,19 +214,18 @@ def _config(task: str | None, settings: dict[str, Any]) -> FinetuneConfig:
     return FinetuneConfig(task=task, **settings)  # pyright: ignore[reportArgumentType]
 
 
-def _trainable_model(model: Model | str | Path, prepared: Prepared) -> Model:
+def _trainable_model(base: Base | Model, prepared: Prepared) -> Model:
     config = prepared.config
-    if not isinstance(model, Model):
-        model = load(
-            model,
-            device=config.device,
-            dtype=config.dtype,
+    if isinstance(base, Base):
+        model = base.model(
             class_names=prepared.class_names or None,
             pooling=config.pooling,
             head_bias=config.head_bias,
             seed=config.seed,
         )
-    elif model.is_classifier != (config.task == "classify"):
+    else:
+        model = base
+    if model.is_classifier != (config.task == "classify"):
         raise UsageError(
             f"task {config.task!r} does not fit the model's head; load it with or without num_labels"
         )
@@ -201,14 +236,8 @@ def _trainable_model(model: Model | str | Path, prepared: Prepared) -> Model:
     return model
 
 
-def _train(
-    model: Model,
-    prepared: Prepared,
-    output: Path,
-    callbacks: list[Callback],
-    identity: dict[str, Any],
-    state: State | None,
-) -> Run:
+def _train(model: Model, checked: Checked, callbacks: list[Callback]) -> Run:
+    prepared, output = checked.prepared, checked.output
     config, examples = prepared.config, prepared.examples
     labels = len(examples) if examples.labels is None else examples.labels
     train_rows, validation_rows = stratified_split(labels, config.val_split, config.seed)
@@ -225,8 +254,8 @@ def _train(
         output,
         config,
         optimizer,
-        identity,
-        state,
+        checked.identity,
+        checked.state,
         write=lambda path: _save(model, config, path, facts, folder.progress),
     )
     loop = Loop(

@@ -1,0 +1,140 @@
+"""Several adapters on one base: the bytes of runs of their own, one load, and nothing half begun."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lora
+from lora.model import loading
+from lora.train.callbacks import Callback
+from lora.train.recipe import read_recipe
+from tests.cli.conftest import LABELLED, TEXTS, write_base
+from tests.data.files import write_jsonl
+
+QUICK: dict[str, Any] = {"method": "lora", "rank": 2, "epochs": 2, "batch_size": 8, "learning_rate": 0.01}
+THREE = [{"input": f"row {i} of three", "label": i % 3} for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("several") / "base")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two classes, three classes, and texts: each wants another head."""
+    folder = tmp_path_factory.mktemp("data")
+    kinds = {"two": LABELLED, "three": THREE, "texts": TEXTS}
+    return [write_jsonl(folder / f"{name}.jsonl", rows) for name, rows in kinds.items()]
+
+
+def states(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every adapter that a run kept, by its path in the folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("adapter_model.safetensors"))
+    }
+
+
+def pairs(data: list[Path], folder: Path) -> list[tuple[Path, Path]]:
+    return [(path, folder / path.stem) for path in data]
+
+
+class Said(Callback):
+    """Keeps what was said, and interrupts the run in the folder `fails` at its first step."""
+
+    def __init__(self, fails: Path | None = None) -> None:
+        self.messages: list[str] = []
+        self._fails = fails
+
+    def started(self, event: Any) -> None:
+        self._interrupts = event.output == self._fails
+
+    def step_done(self, event: Any) -> None:
+        if self._interrupts:
+            raise KeyboardInterrupt
+
+    def said(self, message: str) -> None:
+        self.messages.append(message)
+
+
+def test_the_bytes_are_those_of_runs_of_their_own(
+    base: Path, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    right = loading.open_checkpoint
+    monkeypatch.setattr(loading, "open_checkpoint", lambda folder: opened.append(folder) or right(folder))
+    together = lora.finetune_each(base, pairs(data, tmp_path / "together"), **QUICK)
+    assert len(opened) == 1
+    assert [run.task for run in together] == ["classify", "classify", "causal"]
+    for path, run in zip(data, together, strict=True):
+        alone = lora.finetune(base, path, output=tmp_path / "alone" / path.stem, **QUICK)
+        assert states(run.output) == states(alone.output)
+        assert {"best/adapter_model.safetensors", "epoch-2/adapter_model.safetensors"} <= states(
+            run.output
+        ).keys()
+        recipe = read_recipe(run.output / "recipe.yaml")
+        assert (recipe["data"], recipe["output"]) == (str(path), str(run.output))
+        assert {name: recipe[name] for name in QUICK} == QUICK
+
+
+def test_models_on_one_base_share_its_arrays_and_no_head(base: Path) -> None:
+    opened = loading.open_base(base)
+    first, second = opened.model(num_labels=2), opened.model(num_labels=3, seed=1)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert first.parameters.weights[name] is second.parameters.weights[name]
+    assert (first.parameters["score.weight"].shape[0], second.parameters["score.weight"].shape[0]) == (2, 3)
+    assert not opened.model().is_classifier
+
+
+def test_nothing_is_written_before_every_file_is_checked(
+    base: Path, data: list[Path], tmp_path: Path
+) -> None:
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"input": "a", "label": "b"}, {"input": "a"}])
+    with pytest.raises(lora.DataError, match=r"bad\.jsonl: line 2"):
+        lora.finetune_each(base, [*pairs(data, tmp_path / "runs"), (bad, tmp_path / "runs" / "bad")], **QUICK)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_failure_says_what_is_done_and_resume_goes_on(base: Path, data: list[Path], tmp_path: Path) -> None:
+    runs = pairs(data, tmp_path / "runs")
+    two, three, texts = (output for _, output in runs)
+    said = Said(fails=three)
+    with pytest.raises(KeyboardInterrupt):
+        lora.finetune_each(base, runs, callbacks=[said], **QUICK)
+    assert said.messages[-1] == f"ended in {three}; complete: {two}; not begun: {texts}"
+    assert not texts.exists()
+    with pytest.raises(lora.ValidationError, match="holds another run"):
+        lora.finetune_each(base, runs, **QUICK)
+    with pytest.warns(lora.LoraWarning, match="texts holds no run to resume"):
+        lora.finetune_each(base, runs, resume=True, **QUICK)
+    alone = lora.finetune_each(base, pairs(data, tmp_path / "alone"), **QUICK)
+    assert [states(output) for _, output in runs] == [states(run.output) for run in alone]
+
+
+@pytest.mark.parametrize("outputs", [[], ["a", "a"], ["a", "a/b"], ["a/b", "a"]])
+def test_each_run_needs_a_folder_of_its_own(
+    base: Path, data: list[Path], tmp_path: Path, outputs: list[str]
+) -> None:
+    with pytest.raises(lora.UsageError, match=r"expected at least one|a folder of its own"):
+        lora.finetune_each(base, [(data[0], tmp_path / output) for output in outputs], **QUICK)
+
+
+def test_a_loaded_model_trains_one_named_adapter_after_another(
+    base: Path, data: list[Path], tmp_path: Path
+) -> None:
+    model = lora.load(base)
+    texts = data[2]
+    others = write_jsonl(tmp_path / "others.jsonl", [{"text": f"another text, {i}"} for i in range(9)])
+    for path in (texts, others):
+        model.add_adapter(lora.LoraConfig(r=2), seed=42, name=path.stem)
+        run = lora.finetune(model, path, output=tmp_path / "one" / path.stem, **QUICK)
+        alone = lora.finetune(base, path, output=tmp_path / "alone" / path.stem, **QUICK)
+        assert states(run.output) == states(alone.output)
+    before = model([[1, 2, 3]])
+    model.set_adapter("texts")
+    assert np.abs(model([[1, 2, 3]]) - before).max() > 0
