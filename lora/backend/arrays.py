@@ -35,3 +35,14 @@ def to_host(array: Array) -> np.ndarray:
     """Return `array` as a NumPy array; the only way from a device to the host."""
     module: ModuleType = array_module(array)
     return array if module is np else module.asnumpy(array)
+
+
+def address(array: Array) -> int:
+    """Return where the first element of `array` lies, in the memory of its own device."""
+    return array.ctypes.data if array_module(array) is np else array.data.ptr
+
+
+def beside(array: Array, other: Array) -> Array:
+    """Return the host's `array` in the library of `other`; the only way from the host to a device."""
+    module = array_module(other)
+    return array if array_module(array) is module else module.asarray(array)
