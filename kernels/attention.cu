@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(WARPS* WARP) attention_forward(
 {
     constexpr int STRIPS = ROWS / (16 * WARPS), SCORES = KEYS / 8, THREADS = WARPS * WARP;
     const int own = warp_index() * (16 * STRIPS);  // the warp's first query, counted from the tile's
-    const Tile& tile = block_tile<ROWS, Of::queries>(cu_seqlens, S, N, H, G);
+    const Tile& tile = block_tile<ROWS, Of::queries>(cu_seqlens, S, N, H, G, H);
     if (tile.length == 0) return;  // the whole block leaves: no barrier is skipped
 
     const uint32_t Q = shared_address(dyn_smem);

@@ -17,8 +17,7 @@ __device__ __forceinline__ int warp_index() { return threadIdx.x / WARP; }
 
 // ---- which tile a block takes: of all tiles of the packed sequences, those with most work first ----
 
-// What tiles hold: queries of one head, of which a sequence's last see most keys, or keys of one group, of which the
-// first are seen by most queries.
+// What tiles hold: queries, of which a sequence's last see most keys, or keys, of which the first are seen by most.
 enum class Of { queries, keys };
 
 struct Sequence {
@@ -84,13 +83,14 @@ __device__ __forceinline__ Tile find_tile(const long long* cu_seqlens, int S, in
     }
 }
 
-// The tile of this block; neighbouring blocks take the heads, or groups, of the same tokens. It stays in shared memory,
+// The tile of this block; so many neighbouring `blocks` share the H heads of the same tokens. It stays in shared memory,
 // where it costs the main loops no register.
 template <int TOKENS, Of OF>
-__device__ __forceinline__ const Tile& block_tile(const long long* cu_seqlens, int S, int N, int H, int G) {
+__device__ __forceinline__ const Tile& block_tile(
+    const long long* cu_seqlens, int S, int N, int H, int G, int blocks)
+{
     __shared__ Tile tile;
     if (warp_index() == 0) {
-        const int blocks = OF == Of::queries ? H : G;
         Tile found = find_tile<TOKENS, OF>(cu_seqlens, S, N, blockIdx.x / blocks);
         found.heads = H / blocks;
         found.head = blockIdx.x % blocks * found.heads;

@@ -1,10 +1,12 @@
 // attention_backward: the gradients of attention for q, k and v. Nothing is added atomically: every run, the same bits.
 // Contract: contracts/ops/attention.yaml    Reference: lora/ops/attention.py, backward
-// Launch:   attention_statistics; then, in any order, attention_backward_keys, grid G · (at most the tiles of KEYS
-//           keys that the sequences have), and attention_backward_queries, grid H · (the same of ROWS queries).
+// Launch:   attention_statistics; then, in any order, attention_backward_keys, grid G · P · (at most the tiles of KEYS
+//           keys that the sequences have), and attention_backward_queries, grid H · (the same of ROWS queries). Where
+//           P > 1, attention_sum_parts adds up the parts of dk and of dv.
 // Work:     for a visible score 8 E operations by keys (4 E for dv alone, 6 E for dk alone), and 6 E by queries. The
 //           weights are computed again in each from lse; what lies in memory is read as in forward.
 #include "attention.cuh"
+#include "pack.cuh"
 
 // For every query and head a pair: lse in units of log 2, and Σ do · o, which the softmax takes off the gradients of
 // its weights. E / 8 threads share a row, 16 bytes each. Reads o and do once.
@@ -22,13 +24,11 @@ __global__ void __launch_bounds__(WARPS* WARP) attention_statistics(
     const unsigned row = static_cast<unsigned>(chunk / SHARE), rows = static_cast<unsigned>(N) * H;
     float along = 0.0f;
     if (row < rows) {
-        const uint4 o = load_16(o_NHE + 8 * chunk), d = load_16(do_NHE + 8 * chunk);
-        const uint32_t left[4] = {o.x, o.y, o.z, o.w}, right[4] = {d.x, d.y, d.z, d.w};
+        float o[8], d[8];
+        unpack(o, load_16(o_NHE + 8 * chunk), __nv_bfloat16());
+        unpack(d, load_16(do_NHE + 8 * chunk), __nv_bfloat16());
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float2 a = unpack_bf16(left[i]), b = unpack_bf16(right[i]);
-            along += a.x * b.x + a.y * b.y;
-        }
+        for (int i = 0; i < 8; i++) along += o[i] * d[i];
     }
 #pragma unroll
     for (int step = SHARE / 2; step > 0; step /= 2) along += __shfl_xor_sync(WHOLE_WARP, along, step);
@@ -47,8 +47,8 @@ __device__ __forceinline__ void load_statistics(
 }
 
 // dk and dv, or one of them where registers do not hold both. A block takes KEYS keys of one group, a warp KEYS / WARPS
-// of them, and goes through the queries that see them, ROWS at a time, head by head of the group. Products stand with a
-// row for each key, so that weights and gradients of scores are left operands as they are.
+// of them, and goes through the queries that see them, ROWS at a time, head by head of its part of the group. Products
+// stand with a row for each key, so that weights and gradients of scores are left operands as they are.
 // KEEP_K: the keys stay in registers, and the stages of queries lie where they passed through.
 template <int E, int KEYS, int ROWS, int WARPS, bool KEEP_K, bool DK, bool DV>
 __global__ void __launch_bounds__(WARPS* WARP) attention_backward_keys(
@@ -58,9 +58,10 @@ __global__ void __launch_bounds__(WARPS* WARP) attention_backward_keys(
     const __nv_bfloat16* __restrict__ do_NHE,
     const float* __restrict__ statistics_HN2,
     const long long* __restrict__ cu_seqlens,  // [S + 1] boundaries, from 0 to N
-    __nv_bfloat16* __restrict__ dk_NGE,        // not written without DK
-    __nv_bfloat16* __restrict__ dv_NGE,        // not written without DV
+    __nv_bfloat16* __restrict__ dk_PNGE,       // not written without DK
+    __nv_bfloat16* __restrict__ dv_PNGE,       // not written without DV
     const float scale,                         // of the scores
+    const int P,                               // parts of a group's heads, each summed on its own
     const int N,
     const int S,
     const int H,
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(WARPS* WARP) attention_backward_keys(
     static_assert(!KEEP_K || TILE <= 4 * STAGE, "the keys pass through the stages");
     static_assert(KEYS % ROWS == 0, "a tile of keys begins where one of queries does");
     const int own = warp_index() * (16 * STRIPS);  // the warp's first key, counted from the tile's
-    const Tile& tile = block_tile<KEYS, Of::keys>(cu_seqlens, S, N, H, G);
+    const Tile& tile = block_tile<KEYS, Of::keys>(cu_seqlens, S, N, H, G, G * P);
     if (tile.length == 0) return;  // the whole block leaves: no barrier is skipped
 
     const uint32_t shared = shared_address(dyn_smem);
@@ -157,10 +158,31 @@ __global__ void __launch_bounds__(WARPS* WARP) attention_backward_keys(
     } while (more);
 
     __syncthreads();  // no warp reads queries any more, where results may pass through
-    const unsigned first = (tile.start + tile.first + own) * (G * (E / 8)) + tile.group * (E / 8);
+    const unsigned part = blockIdx.x % P, token = part * N + tile.start + tile.first + own, stride = G * (E / 8);
+    const unsigned first = token * stride + tile.group * (E / 8);
     const int present = tile.length - tile.first - own;
-    if constexpr (DK) store_rows<E>(dk, Scales<STRIPS>(scale).by_row, own * 2 * E, dk_NGE, first, G * (E / 8), present);
-    if constexpr (DV) store_rows<E>(dv, Scales<STRIPS>(1.0f).by_row, own * 2 * E, dv_NGE, first, G * (E / 8), present);
+    if constexpr (DK) store_rows<E>(dk, Scales<STRIPS>(scale).by_row, own * 2 * E, dk_PNGE, first, stride, present);
+    if constexpr (DV) store_rows<E>(dv, Scales<STRIPS>(1.0f).by_row, own * 2 * E, dv_PNGE, first, stride, present);
+}
+
+// The sum of P parts of `chunks` chunks each, in their order; 16 bytes a thread. Reads every part once.
+template <int WARPS>
+__global__ void __launch_bounds__(WARPS* WARP) attention_sum_parts(
+    const __nv_bfloat16* __restrict__ parts_PNGE,
+    __nv_bfloat16* __restrict__ sum_NGE,
+    const int P,
+    const long long chunks)
+{
+    const long long chunk = static_cast<long long>(blockIdx.x) * (WARPS * WARP) + threadIdx.x;
+    if (chunk >= chunks) return;
+    float sum[8] = {};
+    for (int part = 0; part < P; part++) {
+        float values[8];
+        unpack(values, load_16(parts_PNGE + 8 * (part * chunks + chunk)), __nv_bfloat16());
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum[i] += values[i];
+    }
+    store_16(sum_NGE + 8 * chunk, packed(sum, __nv_bfloat16()));
 }
 
 // dq. A block takes ROWS queries of one head and goes through the keys that they see, KEYS at a time, as in forward.
@@ -187,7 +209,7 @@ __global__ void __launch_bounds__(WARPS* WARP) attention_backward_queries(
     constexpr int STATISTICS = STAGES + 4 * Stages::BYTES;
     static_assert(!KEEP_Q || TILE <= 4 * Stages::BYTES, "the queries pass through the stages");
     const int own = warp_index() * (16 * STRIPS);  // the warp's first query, counted from the tile's
-    const Tile& tile = block_tile<ROWS, Of::queries>(cu_seqlens, S, N, H, G);
+    const Tile& tile = block_tile<ROWS, Of::queries>(cu_seqlens, S, N, H, G, H);
     if (tile.length == 0) return;  // the whole block leaves: no barrier is skipped
 
     const uint32_t shared = shared_address(dyn_smem);

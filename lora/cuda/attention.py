@@ -19,7 +19,11 @@ from lora.ops.attention import Grads, Saved
 
 _FORWARD, _BACKWARD = "attention.cu", "attention_backward.cu"
 _WARP = 32
-_STATISTICS_WARPS = 4
+_ROW_WARPS = 4  # of the kernels that go through rows
+
+# of the keys' pass: with fewer, blocks of their own sum parts of a group's heads. Several on each
+# multiprocessor of a large GPU even out that tiles differ in work.
+ENOUGH_BLOCKS = 1024
 
 
 class _Tiled(NamedTuple):
@@ -75,8 +79,8 @@ def _queries(width: int, rows: int, keys: int, warps: int, *, keep_q: bool = Fal
 
 
 def _statistics(width: int) -> Kernel:
-    template = (width, _STATISTICS_WARPS)
-    return _instance(_BACKWARD, "attention_statistics", template, _STATISTICS_WARPS, 0)
+    template = (width, _ROW_WARPS)
+    return _instance(_BACKWARD, "attention_statistics", template, _ROW_WARPS, 0)
 
 
 # Tiles as large as 255 registers a thread allow without a spill; benchmarks/NOTES.md has the arithmetic.
@@ -101,7 +105,9 @@ _WIDTHS = {
     ),
 }
 
-KERNELS = tuple(kernel for width in _WIDTHS.values() for kernel in width.kernels())
+_SUM_PARTS = _instance(_BACKWARD, "attention_sum_parts", (_ROW_WARPS,), _ROW_WARPS, 0)
+
+KERNELS = (*(kernel for width in _WIDTHS.values() for kernel in width.kernels()), _SUM_PARTS)
 
 
 def forward(q: Array, k: Array, v: Array, cu_seqlens: Array, *, scale: float) -> tuple[Array, Saved]:
@@ -140,13 +146,32 @@ def backward(saved: Saved, do: Array) -> Grads:
     statistics = empty((heads, tokens, 2), "float32", like=q)
     blocks = -(-tokens * heads * (e // 8) // width.statistics.threads)
     launch(width.statistics, (blocks,), o, do, lse, statistics, tokens, heads)
-    dq, dk, dv = (empty(x.shape, x.dtype, like=x) for x in (q, k, v))
+    dq = empty(q.shape, q.dtype, like=q)
+    parts = _parts(width.keys[0].grid(cu_seqlens, tokens, groups)[0], heads // groups)
+    dk_parts, dv_parts = (empty((parts, *k.shape), k.dtype, like=k) for _ in range(2))
     inputs = (q, k, v, do, statistics, cu_seqlens)
     sizes = (tokens, len(cu_seqlens) - 1, heads, groups)
     for tiled in width.keys:
-        launch(tiled.kernel, tiled.grid(cu_seqlens, tokens, groups), *inputs, dk, dv, scale, *sizes)
+        grid = tiled.grid(cu_seqlens, tokens, groups * parts)
+        launch(tiled.kernel, grid, *inputs, dk_parts, dv_parts, scale, parts, *sizes)
     launch(width.queries.kernel, width.queries.grid(cu_seqlens, tokens, heads), *inputs, dq, scale, *sizes)
-    return Grads(dq, dk, dv)
+    return Grads(dq, _sum(dk_parts), _sum(dv_parts))
+
+
+def _parts(blocks: int, heads: int) -> int:
+    """Return into how many equal parts to cut the `heads` of a group, where whole groups make `blocks`."""
+    cuts = [parts for parts in range(1, heads + 1) if heads % parts == 0]
+    return next((parts for parts in cuts if parts * blocks >= ENOUGH_BLOCKS), heads)
+
+
+def _sum(parts: Array) -> Array:
+    """Return the sum of `parts` [P, N, G, E] over P, added in the same order in every run."""
+    if len(parts) == 1:
+        return parts[0]
+    total = empty(parts.shape[1:], parts.dtype, like=parts)
+    chunks = total.size // 8
+    launch(_SUM_PARTS, (-(-chunks // _SUM_PARTS.threads),), parts, total, len(parts), chunks)
+    return total
 
 
 def _width(q: Array, k: Array, v: Array, scale: float) -> _Width:
