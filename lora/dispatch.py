@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import lora.cuda.adamw
 import lora.cuda.attention
 import lora.cuda.cached_attention
 import lora.cuda.embedding
+import lora.cuda.lowrank_linear
 import lora.cuda.pool
 import lora.cuda.rmsnorm
 import lora.cuda.rope
@@ -108,14 +110,14 @@ HOST = REFERENCE._replace(
 
 # one line an operation: lora.cuda's module of its name, once that is there
 CUDA = Ops(
-    adamw=Unbuilt("adamw"),
+    adamw=lora.cuda.adamw,
     attention=lora.cuda.attention,
     cached_attention=lora.cuda.cached_attention,
     causal_conv1d=Unbuilt("causal_conv1d"),
     embedding=lora.cuda.embedding,
     gated_delta_rule=Unbuilt("gated_delta_rule"),
     gated_norm=Unbuilt("gated_norm"),
-    lowrank_linear=Unbuilt("lowrank_linear"),
+    lowrank_linear=lora.cuda.lowrank_linear,
     pool=lora.cuda.pool,
     rmsnorm=lora.cuda.rmsnorm,
     rope=lora.cuda.rope,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from lora.backend import Array, array_module
-from lora.errors import UsageError, ValidationError
+from lora.errors import DivergedError, UsageError, ValidationError
 
 
 class AdamW:
@@ -52,33 +53,37 @@ class AdamW:
         self.steps = 0
         self.moments: dict[str, tuple[Array, Array]] = {}
 
-    def step(self, gradients: Mapping[str, Array], lr: float | None = None) -> None:
-        """Move every trained array once.
+    def step(self, gradients: Mapping[str, Array], lr: float | None = None, *, clip: float = 0.0) -> float:
+        """Move every trained array once; return the joint norm of the gradients, before clipping.
 
         Args:
             gradients: by the names of `model.trainable()`; unchanged.
             lr: this step's size; None for the one given at the start.
+            clip: the largest joint norm that the gradients enter with; 0 for no limit.
 
         Raises:
             ValidationError: gradients and trained arrays differ in name or shape. Nothing was moved.
+            DivergedError: a gradient is not finite. Nothing was moved.
         """
         trained = self.model.trainable()
         self._check(trained, gradients)
         self.make_moments()
+        norm = self.model.ops.adamw.step(
+            tuple(trained.values()),
+            tuple(_as_moved(gradients[name], parameter) for name, parameter in trained.items()),
+            tuple(self.moments[name] for name in trained),
+            step=self.steps + 1,
+            lr=self.lr if lr is None else lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            clip=clip,
+        )
+        if not math.isfinite(norm):
+            raise DivergedError(f"a gradient is not finite: the norm of all of them is {norm}")
         self.steps += 1
-        for name, parameter in trained.items():
-            xp = array_module(parameter)
-            self.model.ops.adamw.update(
-                parameter,
-                xp.ascontiguousarray(gradients[name], dtype=parameter.dtype),
-                *self.moments[name],
-                step=self.steps,
-                lr=self.lr if lr is None else lr,
-                beta1=self.betas[0],
-                beta2=self.betas[1],
-                eps=self.eps,
-                weight_decay=self.weight_decay,
-            )
+        return norm
 
     def make_moments(self) -> None:
         """Give every trained array that has none moments of zero."""
@@ -98,3 +103,8 @@ class AdamW:
         ]
         if problems:
             raise ValidationError("gradients do not match what the model trains: " + "; ".join(problems))
+
+
+def _as_moved(gradient: Array, parameter: Array) -> Array:
+    """Return `gradient` laid out, and in the dtype, as `parameter` is."""
+    return array_module(parameter).ascontiguousarray(gradient, dtype=parameter.dtype)

@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from lora.backend import Array
 from lora.data.packed import Packed
 from lora.data.packing import micro_batches
 from lora.errors import DataError, DivergedError
 from lora.model.diagnosis import first_non_finite
 from lora.model.model import Model
+from lora.ops.adamw import joint_norm
 from lora.train.optimizer import AdamW
 
 
@@ -79,24 +78,15 @@ def train_step(
                 f"the loss is {loss}: first {first_non_finite(model, batch, result.gradients)}"
             )
         del result  # or one more set of gradients would live through the next micro-batch
-    norm = global_norm(total)
-    if not math.isfinite(norm):
-        # the last micro-batch may be sound: look at each one's own gradients
-        raise DivergedError(
-            f"a gradient is not finite: first {_broken_micro_batch(model, parts, normalizer)}"
-        )
-    if clip and norm > clip:
-        for gradient in total.values():
-            gradient *= clip / norm
     before_move()
-    optimizer.step(total, lr)
+    try:
+        norm = optimizer.step(total, lr, clip=clip)
+    except DivergedError as error:
+        # the last micro-batch may be sound: look at each one's own gradients
+        where = _broken_micro_batch(model, parts, normalizer)
+        raise DivergedError(f"a gradient is not finite: first {where}") from error
     counted, tokens = sum(b.counted for b in batches), sum(b.num_tokens for b in batches)
     return StepReport(loss, correct, counted, tokens, norm)
-
-
-def global_norm(gradients: dict[str, Array]) -> float:
-    """Return the Euclidean norm over all elements of all gradients."""
-    return math.sqrt(sum(float(np.vdot(g, g)) for g in gradients.values()))
 
 
 def _accumulate(total: dict[str, Array], gradients: dict[str, Array]) -> None:
@@ -110,6 +100,6 @@ def _accumulate(total: dict[str, Array], gradients: dict[str, Array]) -> None:
 def _broken_micro_batch(model: Model, parts: Sequence[Packed], normalizer: float) -> str:
     for batch in parts:
         gradients = model.step(batch, normalizer=normalizer).gradients
-        if not math.isfinite(global_norm(gradients)):
+        if not math.isfinite(joint_norm(gradients.values())):
             return first_non_finite(model, batch, gradients)
     return "in the sum over the micro-batches of the step (each one alone is finite)"

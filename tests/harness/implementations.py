@@ -122,9 +122,21 @@ class OnDevice:
 
     def on(self, schedule: int) -> Any:
         """Return the module's functions on the device, which has a schedule of its own."""
-        return _with_arrays_of(
-            self._module, lambda function, *a, **k: function(*a, **k), cupy_module().asarray
-        )
+        pairs: list[tuple[np.ndarray, Any]] = []
+
+        def moved(array: np.ndarray) -> Any:
+            pairs.append((array, cupy_module().asarray(array)))
+            return pairs[-1][1]
+
+        def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            # what it wrote into an argument is seen there, as on the host
+            for array, copy in pairs:
+                array[...] = to_host(copy)
+            pairs.clear()
+            return result
+
+        return _with_arrays_of(self._module, run, moved)
 
 
 def implementations(reference: ModuleType) -> list[Any]:

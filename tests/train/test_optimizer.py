@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from lora.contracts import training_contract
 from lora.dispatch import implementations
-from lora.errors import UsageError, ValidationError
+from lora.errors import DivergedError, UsageError, ValidationError
 from lora.train.optimizer import AdamW
 from tests.harness.bounds import gamma
 from tests.harness.cases import seeds
@@ -111,11 +112,24 @@ def check_settings(optimizer: Any, case: Case) -> None:
     assert all(name in str(caught.value) for name in names)
 
 
+def check_not_finite(optimizer: Any, case: Case) -> None:
+    arrays, gradients = case.arrays(), case.gradients()[0]
+    adamw = optimizer(holder(arrays), 0.1)
+    last = gradients[f"array {len(case.widths) - 1}"]
+    last[0, 0] = (np.nan, np.inf)[case.seed % 2]
+    with pytest.raises(DivergedError, match="not finite"):
+        adamw.step(gradients)
+    for name, start in case.arrays().items():
+        np.testing.assert_array_equal(arrays[name], start)
+    assert adamw.steps == 0
+
+
 CHECKS = {
     "OPTIMIZER-001": check_trajectory,
     "OPTIMIZER-002": check_in_place,
     "OPTIMIZER-003": check_mismatch,
     "OPTIMIZER-004": check_settings,
+    "OPTIMIZER-005": check_not_finite,
 }
 CASES = st.builds(
     Case,
@@ -188,6 +202,21 @@ class MovesBeforeItChecks(AdamW):
         super().step(gradients, lr)
 
 
+class CountsWhatDidNotMove(AdamW):
+    def step(self, gradients: Mapping[str, Any], lr: float | None = None) -> None:
+        try:
+            super().step(gradients, lr)
+        except DivergedError:
+            self.steps += 1
+            raise
+
+
+class SkipsInSilence(AdamW):
+    def step(self, gradients: Mapping[str, Any], lr: float | None = None) -> None:
+        with suppress(DivergedError):
+            super().step(gradients, lr)
+
+
 class TakesAnySetting(AdamW):
     def __init__(self, model: Any, lr: float, *settings: Any, **named: Any) -> None:
         super().__init__(model, 0.1)
@@ -210,6 +239,8 @@ MUTANTS = {
     "moves_a_copy": MovesACopy,
     "skips_what_is_missing": SkipsWhatIsMissing,
     "moves_before_it_checks": MovesBeforeItChecks,
+    "counts_what_did_not_move": CountsWhatDidNotMove,
+    "skips_in_silence": SkipsInSilence,
     "takes_any_setting": TakesAnySetting,
     "names_one_setting": NamesOneSetting,
 }

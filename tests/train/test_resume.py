@@ -233,11 +233,12 @@ def check_rotation(system: Any, case: Case) -> None:
 def check_interrupt(system: Any, case: Case) -> None:
     move, moves = AdamW.step, []
 
-    def interrupted(self: AdamW, *args: Any) -> None:
-        move(self, *args)
+    def interrupted(self: AdamW, *args: Any, **settings: Any) -> float:
+        norm = move(self, *args, **settings)
         moves.append(self.steps)
         if len(moves) == case.step:
             signal.raise_signal(signal.SIGINT)  # the arrays have moved, and nothing has counted it yet
+        return norm
 
     with TemporaryDirectory() as folder, planted_in(system), pytest.MonkeyPatch.context() as patch:
         output = Path(folder)

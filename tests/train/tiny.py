@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from lora.errors import DivergedError
 from lora.io.lora_config import LoraConfig
 from lora.io.save_checkpoint import save_checkpoint
 from lora.model.loading import load
 from lora.model.model import Model
+from lora.ops import adamw
 from tests.harness.models import TINY_QWEN2, random_weights
 
 VOCABULARY = TINY_QWEN2["vocab_size"]
@@ -52,10 +54,19 @@ def trained(*, classify: bool, dtype: str = "float64", targets: Any = "all-linea
 
 
 class Recorder:
-    """Stands in for the optimizer: keeps what a step hands over, and moves nothing."""
+    """Stands in for the optimizer: keeps the gradients as they enter its arithmetic, and moves nothing."""
 
     def __init__(self) -> None:
         self.gradients: dict[str, np.ndarray] | None = None
 
-    def step(self, gradients: dict[str, np.ndarray], lr: float | None = None) -> None:
-        self.gradients = {name: gradient.copy() for name, gradient in gradients.items()}
+    def step(self, gradients: dict[str, np.ndarray], lr: float | None = None, *, clip: float = 0.0) -> float:
+        arrays = [np.ascontiguousarray(gradient) for gradient in gradients.values()]
+        still = [np.zeros_like(array) for array in arrays]
+        # with beta1 = 0 the first moment is the gradient of the step
+        moments = [(np.zeros_like(array), np.zeros_like(array)) for array in arrays]
+        scalars = {"beta1": 0.0, "beta2": 0.0, "eps": 1.0, "weight_decay": 0.0}
+        norm = adamw.step(still, arrays, moments, step=1, lr=0.0, **scalars, clip=clip)
+        if not np.isfinite(norm):
+            raise DivergedError(f"the norm is {norm}")
+        self.gradients = {name: m for name, (m, _) in zip(gradients, moments, strict=True)}
+        return norm
