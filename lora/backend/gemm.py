@@ -18,10 +18,7 @@ from lora.backend.dtypes import accumulation_dtype, bfloat16, wide
 from lora.backend.memory import empty, scratch
 from lora.backend.threads import run_all
 
-WIDENED_BYTES = (
-    64 * 2**20
-)  # one block of a widened weight: it stays near the caches and bounds the extra memory
-
+WIDENED_BYTES = 32 * 2**20  # of a weight at a time: near the caches, and most weights whole
 _WIDENED_AT_ONCE = 2**17  # elements that one thread widens: they are still in its cache for the second pass
 
 
@@ -83,15 +80,19 @@ def linear(x: Array, weight: Array) -> Array:
     return y
 
 
-def linear_transpose(dy: Array, weight: Array) -> Array:
-    """Return dy weight, [N, I], for `dy` [N, O] and `weight` [O, I], in dy's accumulation dtype."""
-    dy = _operand(dy, weight)
-    dx = empty((dy.shape[0], weight.shape[1]), accumulation_dtype(dy.dtype), like=dy)
+def linear_transpose(dy: Array, weight: Array, onto: Array | None = None) -> Array:
+    """Return dy weight, [N, I], for `dy` [N, O] and `weight` [O, I], in dy's accumulation dtype.
+
+    With `onto`, an array of that dtype, it is added to what that holds, and `onto` is returned.
+    """
+    dy, adds = _operand(dy, weight), onto is not None
+    if not adds:
+        onto = empty((dy.shape[0], weight.shape[1]), accumulation_dtype(dy.dtype), like=dy)
     if weight.dtype == dy.dtype:
-        return matmul_into(dx, dy, weight)
+        return matmul_into(onto, dy, weight, accumulate=adds)
     for rows, block in _widened(weight, dy.dtype):
-        matmul_into(dx, dy[:, rows], block, accumulate=rows.start > 0)
-    return dx
+        matmul_into(onto, dy[:, rows], block, accumulate=adds or rows.start > 0)
+    return onto
 
 
 def _operand(rows: Array, weight: Array) -> Array:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from lora.backend import Array, array_module, linear, linear_transpose, matmul, wide
+from lora.backend import Array, array_module, linear, linear_transpose, matmul, matmul_into, wide
 from lora.errors import ShapeError
 
 
@@ -65,7 +65,7 @@ def forward(x: Array, parts: tuple[Part, ...]) -> tuple[tuple[Array, ...], Saved
         DeviceError: they do not live in one library.
     """
     for index, part in enumerate(parts):
-        _check_chain(x, index, part)
+        check_chain(x, index, part)
     rows = wide(x)  # once for all parts
     lows = _lows(rows, parts)
     ys = []
@@ -74,7 +74,7 @@ def forward(x: Array, parts: tuple[Part, ...]) -> tuple[tuple[Array, ...], Saved
         if part.bias is not None:
             y += wide(part.bias)
         if part.factors is not None and low is not None:
-            y += matmul(low * part.factors.scale, part.factors.b.T)
+            matmul_into(y, low, part.factors.b.T, scale=part.factors.scale, accumulate=True)
         ys.append(y.astype(x.dtype, copy=False))
     keeps_x = any(part.factors is not None or part.trained for part in parts)
     return tuple(ys), Saved(x if keeps_x else None, lows, parts, x.dtype)
@@ -99,7 +99,8 @@ def backward(saved: Saved, dys: tuple[Array, ...], *, wants_x: bool = True) -> G
     return Grads(_dx(saved, dys, dlows) if wants_x else None, grads)
 
 
-def _check_chain(x: Array, index: int, part: Part) -> None:
+def check_chain(x: Array, index: int, part: Part) -> None:
+    """Check that the arrays of part `index` chain with x and with each other, and live in one library."""
     weight, bias, factors, _ = part
     arrays: tuple[Array | None, ...] = (x, weight, bias, *((factors.a, factors.b) if factors else ()))
     array_module(*arrays)
@@ -119,8 +120,8 @@ def _lows(x: Array, parts: tuple[Part, ...]) -> tuple[Array | None, ...]:
     factors = [part.factors for part in parts if part.factors is not None]
     if not factors:
         return (None,) * len(parts)
-    low = matmul(x, _stacked([f.a for f in factors]).T)
-    return _dealt(low.T, parts, transposed=True)
+    low = matmul(x, stacked([f.a for f in factors]).T)
+    return dealt(low.T, parts, transposed=True)
 
 
 def _da(saved: Saved, dlows: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
@@ -128,17 +129,17 @@ def _da(saved: Saved, dlows: tuple[Array | None, ...]) -> tuple[Array | None, ..
     present = [dlow for dlow in dlows if dlow is not None]
     if not present:
         return dlows
-    return _dealt(matmul(_stacked(present, axis=1).T, saved.x), saved.parts)
+    return dealt(matmul(stacked(present, axis=1).T, saved.x), saved.parts)
 
 
 def _dx(saved: Saved, dys: tuple[Array, ...], dlows: tuple[Array | None, ...]) -> Array:
     dx = linear_transpose(dys[0], saved.parts[0].weight)
     for part, dy in zip(saved.parts[1:], dys[1:], strict=True):
-        dx += linear_transpose(dy, part.weight)
+        linear_transpose(dy, part.weight, onto=dx)
     present = [dlow for dlow in dlows if dlow is not None]
     if present:
-        a = _stacked([part.factors.a for part in saved.parts if part.factors is not None])
-        dx += matmul(_stacked(present, axis=1), a)
+        a = stacked([part.factors.a for part in saved.parts if part.factors is not None])
+        matmul_into(dx, stacked(present, axis=1), a, accumulate=True)
     return dx.astype(saved.dtype, copy=False)
 
 
@@ -149,11 +150,12 @@ def _part_grads(x: Array | None, part: Part, low: Array | None, da: Array | None
     return PartGrads(da, db, dweight, dbias)
 
 
-def _stacked(arrays: list[Array], axis: int = 0) -> Array:
+def stacked(arrays: list[Array], axis: int = 0) -> Array:
+    """Return `arrays` one behind the other along `axis`; a single one as it is."""
     return arrays[0] if len(arrays) == 1 else array_module(*arrays).concatenate(arrays, axis=axis)
 
 
-def _dealt(rows: Array, parts: tuple[Part, ...], *, transposed: bool = False) -> tuple[Array | None, ...]:
+def dealt(rows: Array, parts: tuple[Part, ...], *, transposed: bool = False) -> tuple[Array | None, ...]:
     """Cut `rows` [sum of R_p, ...] into the shares of the parts that have factors; None for the others."""
     shares: list[Array | None] = []
     start = 0
