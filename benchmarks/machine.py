@@ -12,7 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+NO_GPU = "no CUDA device"
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+_FOREIGN = 0.05  # share of the processor that others may use before a figure counts as disturbed
 
 
 def circumstances() -> dict[str, Any]:
@@ -71,6 +73,19 @@ def cuda_device() -> str | None:
     return None if driver.cuDeviceGetName(name, 256, 0) else name.value.decode()
 
 
+@cache
+def driver_version() -> str | None:
+    """Return the version of NVIDIA's driver, or None, as its management library says."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    version = ctypes.create_string_buffer(96)
+    if library.nvmlInit_v2() or library.nvmlSystemGetDriverVersion(version, len(version)):
+        return None
+    return version.value.decode()
+
+
 class Watch:
     """Says how much of the processor went to others since it was made; `own` is what the caller took."""
 
@@ -85,6 +100,11 @@ class Watch:
             return None
         passed = cores() * (time.perf_counter() - self._start)
         return min(1.0, max(0.0, now - self._busy - self.own) / passed)
+
+
+def disturbed(foreign_share: float | None) -> bool:
+    """Return whether others took so much of the processor that what was measured meanwhile is no figure."""
+    return foreign_share is not None and foreign_share > _FOREIGN
 
 
 def _busy_seconds() -> float | None:

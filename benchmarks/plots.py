@@ -54,6 +54,28 @@ def plot_scaling(folder: Path) -> str:
     return _save(figure, folder / "scaling")
 
 
+def plot_kernels(folder: Path) -> str:
+    """Draw every measured call's share of what bounds it; return the line to print."""
+    records = [record for record in read(folder / "kernels.jsonl") if record["status"] == MEASURED]
+    if (reason := _why_not(records)) is not None:
+        return reason
+    cases = list(dict.fromkeys(record["case"] for record in records))
+    figure, axis = _figure(1, 1)
+    figure.set_size_inches(9, 1.5 + 0.3 * len(cases))
+    for name in dict.fromkeys(record["contestant"] for record in records):
+        mine = [record for record in records if record["contestant"] == name]
+        places = [cases.index(record["case"]) for record in mine]
+        axis.plot([100 * record["share"] for record in mine], places, "o", label=name)
+    axis.set_yticks(range(len(cases)), cases, fontsize="small")
+    axis.invert_yaxis()
+    axis.set_xlim(0, None)
+    axis.set_xlabel("% of the copy rate or the product rate, whichever bounds the call")
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(frameon=False)
+    figure.suptitle(_origin(records[-1]), fontsize="small")
+    return _save(figure, folder / "kernels")
+
+
 def _why_not(records: list[Record]) -> str | None:
     if not records:
         return _NOTHING

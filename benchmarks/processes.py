@@ -6,11 +6,11 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from benchmarks.workers.serving import Job
 
@@ -30,17 +30,14 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
-class Worker:
-    """One contestant in a process of its own, loaded and past its first step."""
+class Conversation:
+    """A process that is told something and answers, a line of JSON each way; its errors go to a file."""
 
-    def __init__(self, python: str, module: str, job: Job, folder: Path) -> None:
-        path = folder / "job.json"
-        path.write_text(json.dumps(asdict(job)))
+    def __init__(self, python: str, module: str, arguments: Sequence[str], folder: Path) -> None:
         self._errors = folder / "errors.txt"
-        start = time.perf_counter()
         with self._errors.open("w") as errors:
             self._process = subprocess.Popen(
-                [python, "-m", module, str(path)],
+                [python, "-m", module, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -48,13 +45,6 @@ class Worker:
                 cwd=ROOT,
                 env=clean_environment(os.environ),
             )
-        try:
-            self.first = self._answer()
-            self.first_step_seconds = time.perf_counter() - start
-            self.facts = self._answer()
-        except BaseException:
-            self.close()
-            raise
 
     def ask(self, **command: Any) -> dict[str, Any]:
         """Send a command and return its answer.
@@ -65,7 +55,20 @@ class Worker:
         time.sleep(_PAUSE)
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
-        return self._answer()
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """Return the next line that the process writes.
+
+        Raises:
+            WorkerError: it ended instead.
+        """
+        line = self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        code = self._process.wait()
+        tail = self._errors.read_text()[-3000:]
+        raise WorkerError(f"{' '.join(self._process.args)} ended with {code}:\n{tail}")
 
     def close(self) -> None:
         """End the process and wait for it."""
@@ -73,7 +76,7 @@ class Worker:
         self._process.stdout.close()
         self._process.wait()
 
-    def __enter__(self) -> Worker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -81,10 +84,19 @@ class Worker:
     ) -> None:
         self.close()
 
-    def _answer(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
-        if line:
-            return json.loads(line)
-        code = self._process.wait()
-        tail = self._errors.read_text()[-3000:]
-        raise WorkerError(f"{' '.join(self._process.args)} ended with {code}:\n{tail}")
+
+class Worker(Conversation):
+    """One contestant of `step`, loaded and past its first step."""
+
+    def __init__(self, python: str, module: str, job: Job, folder: Path) -> None:
+        path = folder / "job.json"
+        path.write_text(json.dumps(asdict(job)))
+        start = time.perf_counter()
+        super().__init__(python, module, [str(path)], folder)
+        try:
+            self.first = self.answer()
+            self.first_step_seconds = time.perf_counter() - start
+            self.facts = self.answer()
+        except BaseException:
+            self.close()
+            raise

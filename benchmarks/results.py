@@ -13,6 +13,7 @@ FOLDER = Path(__file__).parent / "results"
 # what every record holds; a record that was not measured says why in `status`, and holds no figure
 COMMON = ("benchmark", "case", "contestant", "device", "status", "machine", "date", "commit")
 MEASURED = "measured"
+NOTHING_MEASURED = 5  # exit code of a command that could measure nothing
 
 
 def not_measured(reason: str) -> str:

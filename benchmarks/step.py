@@ -24,7 +24,7 @@ from benchmarks.agreement import Agreement, Disagreement, compare
 from benchmarks.cases import CASES, SMOKE, Case, Contestant
 from benchmarks.checkpoint import ADAPTER, BATCHES, model_folder
 from benchmarks.data import Batch, draw, padding_share
-from benchmarks.machine import Watch, circumstances, cuda_device
+from benchmarks.machine import NO_GPU, Watch, circumstances, cuda_device, disturbed
 from benchmarks.plots import plot_step
 from benchmarks.processes import ROOT, Worker, clean_environment
 from benchmarks.results import FOLDER, MEASURED, Record, not_measured, write
@@ -32,9 +32,7 @@ from benchmarks.step_report import print_case
 from benchmarks.summary import median, paired_ratio, spread
 from benchmarks.workers.serving import Job
 
-NO_GPU = "no CUDA device"
 _WARM_UP = 1  # batches before the first turn; the first step has been taken by then
-_FOREIGN = 0.05  # share of the processor that others may use before a record says so
 
 
 @dataclass
@@ -236,7 +234,7 @@ def _record(case: Case, side: Side, ours: Side, foreign: float | None, options: 
         "loaded_bytes": side.worker.first["loaded_bytes"],
         "split_seconds": side.worker.ask(do="split", batch=0)["split"],
         "foreign_share": foreign,
-        "disturbed": foreign is not None and foreign > _FOREIGN,
+        "disturbed": disturbed(foreign),
         **side.worker.facts,
     }
     if side is not ours:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.cases import Case
 from benchmarks.results import MEASURED, Record
-from benchmarks.table import figure, table
+from benchmarks.table import figure, table, times
 
 _PARTS = 6  # of a step, the longest
 
@@ -46,18 +46,14 @@ def _row(record: Record) -> list[str]:
     return [
         record["contestant"],
         figure(record["tokens_per_second"]),
-        _times(ours.get("times_faster")),
+        times(ours.get("times_faster")),
         figure(record["gemm_flops"] / 1e9),
         figure(100 * record["mfu"]),
         figure(record["peak_bytes"] / 1e9),
         figure(record["baseline_bytes"] / 1e9),
         figure(record["first_step_seconds"]["median"]),
-        _times(ours.get("times_sooner")),
+        times(ours.get("times_sooner")),
     ]
-
-
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f} x"
 
 
 def _print_notes(record: Record) -> None:

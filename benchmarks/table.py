@@ -27,3 +27,8 @@ def figure(value: float | None, digits: int = 3) -> str:
     if value and abs(value) < 10 ** (digits - 1):
         return f"{value:.{digits}g}"
     return f"{value:,.0f}"
+
+
+def times(ratio: float | None) -> str:
+    """Return a ratio as it is said, and nothing for None."""
+    return "" if ratio is None else f"{ratio:.2f} x"

@@ -63,16 +63,16 @@ class Trainer(Protocol):
 
 def serve(job: Job, load: Any) -> None:
     """Run a worker to the end of its input. `load` is given the job and returns a Trainer."""
-    answers = _private_stdout()
+    answers = private_stdout()
     baseline = peak_bytes()
     trainer: Trainer = load(job)
     loaded = peak_bytes()
     loss = trainer.step(0)
-    _answer(answers, {"loss": loss, "baseline_bytes": baseline, "loaded_bytes": loaded})
+    write_answer(answers, {"loss": loss, "baseline_bytes": baseline, "loaded_bytes": loaded})
     trainer.save_gradients(job.gradients)
-    _answer(answers, trainer.facts())
+    write_answer(answers, trainer.facts())
     for line in sys.stdin:
-        _answer(answers, _obey(trainer, json.loads(line)))
+        write_answer(answers, _obey(trainer, json.loads(line)))
 
 
 def peak_bytes() -> int:
@@ -117,12 +117,13 @@ def _obey(trainer: Trainer, command: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f"no such command: {command}")
 
 
-def _private_stdout() -> TextIO:
+def private_stdout() -> TextIO:
     """Return the real standard output, and let everything that prints go to standard error."""
     private = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return private
 
 
-def _answer(answers: TextIO, values: dict[str, Any]) -> None:
+def write_answer(answers: TextIO, values: dict[str, Any]) -> None:
+    """Write one line of JSON for the process that asked."""
     print(json.dumps(values), file=answers, flush=True)
