@@ -1,19 +1,12 @@
-// What the attention kernels share: which tile a block takes, tiles in shared memory, and the products of a warp.
+// What the attention kernels share: which tile a block takes, how tiles reach shared memory, and the products of a warp.
 //
-// A tile holds rows of E bfloat16 in chunks of 16 bytes; chunk c of row r lies at chunk c ^ (r % 8), so that the eight
-// rows that ldmatrix reads at a time lie in different banks. Arrays are addressed in such chunks too: 32 bits of them
-// reach 64 GB, and take half of the registers that 64 bits would.
+// Arrays are addressed in chunks of 16 bytes: 32 bits of them reach 64 GB, and take half of the registers of 64 bits.
 #pragma once
-#include "ptx.cuh"
 #include "reduce.cuh"
-
-extern __shared__ __align__(128) unsigned char dyn_smem[];  // eight chunks, which at_chunk exchanges by their bits
+#include "tiles.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
-
-__device__ __forceinline__ int lane_index() { return threadIdx.x % WARP; }
-__device__ __forceinline__ int warp_index() { return threadIdx.x / WARP; }
 
 // ---- which tile a block takes: of all tiles of the packed sequences, those with most work first ----
 
@@ -101,12 +94,7 @@ __device__ __forceinline__ const Tile& block_tile(
     return tile;
 }
 
-// ---- tiles in shared memory, named by their shared address ----
-
-template <int E>
-__device__ __forceinline__ int chunk_offset(int row, int chunk) {
-    return row * (2 * E) + ((chunk ^ (row & 7)) << 4);
-}
+// ---- tiles in shared memory ----
 
 // Start copying ROWS rows, `stride` chunks apart, from chunk `first` of `source` on; the first `present` of them from
 // memory, the rest zeros. Eight threads take 128 bytes of a row, the further pieces of it at constant distances.
@@ -144,25 +132,6 @@ struct KeyStages {
         cp_async_commit();
     }
 };
-
-// The address of a lane in chunk 0 of a row moved to an even chunk of that row.
-__device__ __forceinline__ uint32_t at_chunk(uint32_t address, int chunk) {
-    return (address ^ ((chunk & 7) << 4)) + chunk / 8 * 128;
-}
-
-// Where a lane points ldmatrix in rows `row`..`row` + 15 of a tile, columns 0..15, for a left operand or, transposed,
-// for a right operand whose columns are the tile's. `row` is a multiple of 8.
-template <int E>
-__device__ __forceinline__ uint32_t lane_by_rows(uint32_t tile, int row) {
-    return tile + row * (2 * E) + chunk_offset<E>(lane_index() & 15, lane_index() >> 4);
-}
-
-// The same for a right operand whose columns are the tile's rows.
-template <int E>
-__device__ __forceinline__ uint32_t lane_by_columns(uint32_t tile, int row) {
-    const int lane = lane_index();
-    return tile + row * (2 * E) + chunk_offset<E>((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
-}
 
 // ---- products of a warp: STRIPS strips of 16 rows, results of 8 columns in the layout of mma_m16n8k16 ----
 

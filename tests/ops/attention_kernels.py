@@ -189,7 +189,7 @@ CHECKS = {
 }
 COUNTED = {"ATTENTION-015": check_bank_conflicts}  # where the memory's passes can be counted: on the emulator
 
-TILES, FORWARD, BACKWARD = "attention.cuh", "attention.cu", "attention_backward.cu"
+TILES, SHARED, FORWARD, BACKWARD = "tiles.cuh", "attention.cuh", "attention.cu", "attention_backward.cu"
 
 
 def _bug(file: str, old: str, new: str) -> Emulated:
@@ -211,17 +211,17 @@ MUTANTS: dict[str, Any] = {
     ),
     "keys_overwritten_too_early": _bug(BACKWARD, "if constexpr (KEEP_K) __syncthreads();", ""),
     "swizzles_on_one_side": _bug(
-        TILES,
+        SHARED,
         "cp_async_16(tile + chunk_offset<E>(own + row, chunk + piece)",
         "cp_async_16(tile + (own + row) * 2 * E + (chunk + piece) * 16",
     ),
     "dynamic_memory_unaligned": _bug(TILES, "__align__(128) ", "__align__(16) "),
-    "sees_one_key_ahead": _bug(TILES, "place > diagonal :", "place > diagonal + 1 :"),
-    "gradient_sees_one_query_back": _bug(TILES, ": place < diagonal", ": place < diagonal - 1"),
-    "group_of_another_head": _bug(TILES, "found.head / (H / G)", "found.head % G"),
-    "reads_past_the_sequence": _bug(TILES, "own + row < present);", "true);"),
-    "stores_past_the_sequence": _bug(TILES, "if (row < present)", "if (row <= present)"),
-    "leaves_a_tile_out": _bug(TILES, "lane_index()) - 1)) == before", "lane_index()) - 1)) == 0"),
+    "sees_one_key_ahead": _bug(SHARED, "place > diagonal :", "place > diagonal + 1 :"),
+    "gradient_sees_one_query_back": _bug(SHARED, ": place < diagonal", ": place < diagonal - 1"),
+    "group_of_another_head": _bug(SHARED, "found.head / (H / G)", "found.head % G"),
+    "reads_past_the_sequence": _bug(SHARED, "own + row < present);", "true);"),
+    "stores_past_the_sequence": _bug(SHARED, "if (row < present)", "if (row <= present)"),
+    "leaves_a_tile_out": _bug(SHARED, "lane_index()) - 1)) == before", "lane_index()) - 1)) == 0"),
     "keeps_the_old_scale": _bug(FORWARD, "total[strip][half] *= shrink;", ""),
     "half_of_delta": _bug(BACKWARD, "for (int i = 0; i < 8; i++) along", "for (int i = 0; i < 4; i++) along"),
     "lse_of_another_head": _bug(BACKWARD, "lse_NH[row] * LOG2_E", "lse_NH[row / H * H] * LOG2_E"),
