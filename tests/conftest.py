@@ -13,6 +13,7 @@ from lora.backend.device import current_gpu
 from lora.errors import DeviceError
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("few", max_examples=3, derandomize=True, **COMMON)
 settings.register_profile("quick", max_examples=25, derandomize=True, **COMMON)
 settings.register_profile("ci", max_examples=200, derandomize=True, print_blob=True, **COMMON)
 settings.register_profile("nightly", max_examples=5000, **COMMON)
