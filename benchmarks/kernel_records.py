@@ -21,6 +21,7 @@ PEERS = {
     "softmax_xent": ("torch", "liger"),
     "attention": ("sdpa-flash", "sdpa-cudnn"),
     "cached_attention": ("sdpa",),
+    "lowrank_linear": ("torch",),
     "adamw": ("torch",),
 }
 # largest ‖a - b‖ / ‖b‖ of an output: what the tests of `lora.cuda` allow

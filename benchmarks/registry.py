@@ -23,6 +23,7 @@ OPERATIONS = {
     "softmax_xent": "bfloat16",
     "attention": "bfloat16",
     "cached_attention": "bfloat16",
+    "lowrank_linear": "bfloat16",
     "adamw": "float32",
 }
 

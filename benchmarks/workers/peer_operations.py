@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.bench_adamw import CLIP, SETTINGS
+from benchmarks.bench_lowrank_linear import SCALE, count
 from benchmarks.bench_rmsnorm import EPS
 from benchmarks.registry import Calls
 
@@ -159,6 +160,22 @@ def cached_attention(a: Tensors) -> Calls:
     return {"forward": forward}
 
 
+def lowrank_linear(a: Tensors) -> Calls:
+    """PyTorch, as PEFT writes it, with the adapters in bfloat16: the faster of its two precisions."""
+    numbers = range(count(a))
+    trained = {f"{name}{n}": a[f"{name}{n}"].bfloat16() for n in numbers for name in "ab"}
+
+    def forward(x: torch.Tensor, **factors: torch.Tensor) -> Outputs:
+        ys = {}
+        for n in numbers:
+            low = functional.linear(x, factors[f"a{n}"])
+            base = functional.linear(x, a[f"weight{n}"], a[f"bias{n}"])
+            ys[f"y{n}"] = base + SCALE * functional.linear(low, factors[f"b{n}"])
+        return ys
+
+    return differentiated(forward, {"x": a["x"], **trained}, tuple(a[f"dy{n}"] for n in numbers))
+
+
 def adamw(a: Tensors) -> Calls:
     """PyTorch: clip_grad_norm_ over all, and fused AdamW, in the middle of a run."""
     parameters = [torch.nn.Parameter(each) for each in a["parameters"]]
@@ -204,5 +221,6 @@ PEERS: dict[str, dict[str, Callable[[Tensors], Calls]]] = {
         "sdpa-cudnn": attention(SDPBackend.CUDNN_ATTENTION),
     },
     "cached_attention": {"sdpa": cached_attention},
+    "lowrank_linear": {"torch": lowrank_linear},
     "adamw": {"torch": adamw},
 }

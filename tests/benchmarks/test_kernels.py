@@ -37,6 +37,7 @@ TINY = {
     "softmax_xent": {"N": 4, "D": 16, "V": 40},
     "attention": {"N": 20, "H": 2, "G": 1, "E": 64},
     "cached_attention": {"S": 2, "C": 9, "H": 2, "G": 1, "E": 64},
+    "lowrank_linear": {"N": 7, "I": 24, "O1": 16, "O2": 8, "O3": 8, "R": 4},
     "adamw": {"L": 2, "R": 4, "D": 24},
 }
 JOB = Job("rmsnorm", {"N": 4, "D": 8}, 0, OURS, "")
