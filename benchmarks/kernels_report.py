@@ -15,7 +15,9 @@ def print_operation(operation: str, records: Sequence[Record]) -> None:
     print(f"\n{operation}")
     measured = [record for record in records if record["status"] == MEASURED]
     if measured:
-        print(table(_HEADER, [_row(record) for record in measured], texts=2))
+        cases = list(dict.fromkeys(record["case"] for record in measured))
+        by_case = sorted(measured, key=lambda record: cases.index(record["case"]))
+        print(table(_HEADER, [_row(record) for record in by_case], texts=2))
         common = measured[0]
         print(
             f"copy {figure(common['copy_bytes_per_second'] / 1e12)} TB/s, "

@@ -71,7 +71,8 @@ def plot_kernels(folder: Path) -> str:
     axis.set_xlim(0, None)
     axis.set_xlabel("% of the copy rate or the product rate, whichever bounds the call")
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(frameon=False)
+    axis.margins(y=0.01)
+    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=6, fontsize="small")
     figure.suptitle(_origin(records[-1]), fontsize="small")
     return _save(figure, folder / "kernels")
 

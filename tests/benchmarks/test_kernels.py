@@ -176,6 +176,16 @@ def test_without_a_gpu_one_line_says_so(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_their_environment_peers_are_named_with_what_to_do() -> None:
+    sides = SimpleNamespace(ours=None, peer=None, why_no_peer="no --peers given")
+    found = kernels.measure_one(JOB._replace(contestant="torch"), sides, 3)
+    assert [(r["case"], r["status"]) for r in found] == [
+        ("rmsnorm N=4 D=8 forward", "not measured: no --peers given"),
+        ("rmsnorm N=4 D=8 backward", "not measured: no --peers given"),
+    ]
+    assert all("seconds" not in record for record in finished(found, [RATES], 0.0))
+
+
 @requires_emulator
 def test_the_whole_way_with_a_made_up_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
