@@ -117,6 +117,7 @@ class RunFolder:
 
         Raises:
             FileFormatError: the state is of another model, or rows that it counts on are gone.
+            ValidationError: another run writes the folder now, or has since `state` was looked for.
             WriteError: the folder cannot be written.
         """
         try:
@@ -124,7 +125,9 @@ class RunFolder:
         except OSError as error:
             raise WriteError(f"{path}: the folder cannot be made: {error.strerror}") from error
         progress, best, parts = Progress(), dict[str, str](), list[dict[str, Any]]()
-        if state is not None:
+        if state is None:
+            refuse_another_run(path)
+        else:
             restore(state, optimizer)
             progress = Progress.from_dict(state.facts["progress"])
             best, parts = state.facts["best"], state.facts["parts"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -27,7 +28,7 @@ from lora.errors import FileFormatError, LoraError, LoraWarning, ValidationError
 from lora.train import finetune as room
 from lora.train import identity as identity_room
 from lora.train import loop as loop_room
-from lora.train import run_folder
+from lora.train import row_file, run_folder
 from lora.train.callbacks import Callback, StepDone
 from lora.train.identity import check_same_run
 from lora.train.interrupts import Held
@@ -73,6 +74,24 @@ class KillAfter(Callback):
     def step_done(self, event: StepDone) -> None:
         if event.step == self._step:
             raise Killed
+
+
+class Intruding(Callback):
+    """Starts a run in the folder of this one after a step."""
+
+    def __init__(self, output: Path, case: Case) -> None:
+        self._output, self._case = output, case
+
+    def step_done(self, event: StepDone) -> None:
+        if event.step != self._case.step:
+            return
+        with pytest.MonkeyPatch.context() as patch:
+            # as where both have looked before either wrote
+            for place in (room, run_folder):
+                patch.setattr(place, "refuse_another_run", lambda folder: None)
+            for resume in (False, True):
+                with pytest.raises(ValidationError, match="another run writes it now"):
+                    train(self._output, self._case.kind, resume=resume)
 
 
 class Case(NamedTuple):
@@ -126,6 +145,7 @@ PLACES: dict[str, Any] = {
     "check_same_run": room,
     "FREE": identity_room,
     "Held": loop_room,
+    "_hold": row_file,
 }
 LIBRARY = SimpleNamespace(**{name: getattr(place, name) for name, place in PLACES.items()})
 
@@ -254,12 +274,20 @@ def check_interrupt(system: Any, case: Case) -> None:
         assert written(output) == uninterrupted("lora")
 
 
+def check_alone(system: Any, case: Case) -> None:
+    with TemporaryDirectory() as folder, planted_in(system):
+        output = Path(folder)
+        train(output, case.kind, callbacks=[Intruding(output, case)])
+        assert written(output) == uninterrupted(case.kind)
+
+
 CHECKS = {
     "RESUME-001": check_goes_on,
     "RESUME-002": check_changes,
     "RESUME-003": check_corrupt,
     "RESUME-004": check_rotation,
     "RESUME-005": check_interrupt,
+    "RESUME-006": check_alone,
 }
 CASES = st.builds(Case, st.sampled_from(sorted(KINDS)), st.integers(*CONTRACT.domain["steps"]))
 
@@ -291,6 +319,24 @@ def test_a_run_without_resume_leaves_another_alone(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="--resume"):
         train(tmp_path, "lora")
     assert written(tmp_path) == before
+
+
+def test_a_run_that_another_overtook_leaves_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path, "lora")
+    before = written(tmp_path)
+    monkeypatch.setattr(room, "refuse_another_run", lambda folder: None)  # it ended since this one looked
+    with pytest.raises(ValidationError, match="holds another run"):
+        train(tmp_path, "lora")
+    assert written(tmp_path) == before
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unlockable(file: Any, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(row_file.fcntl, "flock", unlockable)
+    with pytest.warns(LoraWarning, match="no second run"):
+        row_file.RowFile(tmp_path / "rows").close()
 
 
 def test_a_loaded_model_goes_on_with_its_own_adapter(tmp_path: Path) -> None:
@@ -463,6 +509,7 @@ MUTANTS = {
     "keeps_the_oldest": _bug(_rotate=_keeps_the_oldest),
     "interrupts_the_move": _bug(Held=Unheld),
     "forgets_the_interrupt": _bug(Held=Forgetful),
+    "lets_a_second_in": _bug(_hold=lambda file, path: None),
 }
 
 
