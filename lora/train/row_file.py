@@ -76,8 +76,8 @@ def _hold(file: FileIO, path: Path) -> None:
     except BlockingIOError as error:
         file.close()
         raise ValidationError(
-            f"{path.parent}: another run writes it now ({path.name} is held); wait for its end, or name another "
-            "output"
+            f"{path.parent}: another run writes it now ({path.name} is held); wait for its end, or "
+            "name another output"
         ) from error
     except OSError as error:
         warnings.warn(
