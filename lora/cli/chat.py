@@ -11,7 +11,6 @@ import click
 from lora.cli.generate import continue_texts
 from lora.cli.options import base_option, debug_option, dtype_option, sampling_options
 from lora.cli.texts import Texts
-from lora.cli.unbuilt import refuse_apr
 
 if TYPE_CHECKING:
     from lora.data.chat_template import ChatTemplate
@@ -42,7 +41,6 @@ def chat(
 
     Answers are written as they come. /exit, the end of input or Ctrl-C leave.
     """
-    refuse_apr(model)
     from lora.data.chat_template import ChatTemplate
     from lora.io.hub import require_path
     from lora.model.loading import load

@@ -29,7 +29,7 @@ def convert(source: str, target: str, as_json: bool) -> None:
     from lora.io.hub import resolve
 
     if to_apr:
-        folder_to_apr(resolve(source), Path(target))
+        folder_to_apr(Path(resolve(source)), Path(target))
     else:
         apr_to_folder(Path(source), Path(target))
     facts = {"source": source, "target": target}

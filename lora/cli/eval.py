@@ -9,7 +9,6 @@ import click
 
 from lora.cli.options import base_option, dtype_option, given, length_option, output_options
 from lora.cli.output import note, note_truncated, print_facts, print_json, print_table
-from lora.cli.unbuilt import refuse_apr
 from lora.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -51,14 +50,13 @@ def evaluate(
     dtype: str,
     as_json: bool,
 ) -> None:
-    """Score MODEL_OR_ADAPTER, a folder or a hub id, on every row of --data.
+    """Score MODEL_OR_ADAPTER, a folder, an .apr file or a hub id, on every row of --data.
 
     A classifier's scores: accuracy, precision, recall and F1 of each class, the confusion matrix, the
     calibration error, log loss and Brier score, Cohen's kappa and MCC, bootstrap intervals, and what guessing
     would score. A language model's: loss, perplexity and token accuracy of what training would learn; with
     --exact-match how often its greedy answer is the last turn of the row.
     """
-    refuse_apr(model)
     if not exact_match and given("max_new_tokens"):
         raise UsageError("--max-new-tokens belongs to --exact-match")
     from lora.data.rows import read_jsonl

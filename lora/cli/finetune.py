@@ -143,13 +143,13 @@ def finetune(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Train an adapter for MODEL, a checkpoint's folder or a hub id, on the rows of --data.
+    """Train an adapter for MODEL, a checkpoint's folder, an .apr file or a hub id, on the rows of --data.
 
     With neither MODEL nor --data, `--task classify` trains the small base and the data that travel with lora.
     `lora finetune merge` and `lora finetune --merge` are `lora merge`.
     """
     config = FinetuneConfig(**settings)
-    refuse_apr(model, output, *(folder for _, folder in adapters))
+    refuse_apr(output, *(folder for _, folder in adapters))
     if adapters:
         _refuse_beside_adapters(
             {"--data": data is not None, "-o": output != OUTPUT or given("output"), "--plan": plan}

@@ -10,7 +10,6 @@ import click
 from lora.cli.options import base_option, dtype_option, output_options, sampling_options
 from lora.cli.output import one_line, print_json
 from lora.cli.texts import Texts, check_one_source, read_texts
-from lora.cli.unbuilt import refuse_apr
 from lora.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,7 +49,6 @@ def generate(
     The likeliest token is taken each time, unless --temperature is above 0. One prompt's continuation is
     printed as it comes. A PROMPT that starts with a dash comes after `--`.
     """
-    refuse_apr(model)
     check_one_source(prompts, data)
     if "" in stop:
         raise UsageError("--stop: expected a text, found an empty one")

@@ -11,22 +11,24 @@ import click
 
 from lora.cli.options import output_options
 from lora.cli.output import print_facts, print_json, size
-from lora.cli.unbuilt import refuse_apr
 from lora.errors import AdapterError, UsageError
 
 
 @click.command(short_help="Merge an adapter into a checkpoint of its own.")
 @click.argument("model", required=False)
-@click.option("--adapter", required=True, metavar="DIR", help="The adapter's folder.")
-@click.option("--output", "-o", required=True, metavar="DIR", help="Where the merged checkpoint is written.")
+@click.option("--adapter", required=True, metavar="PATH", help="The adapter: a folder or .apr file.")
+@click.option(
+    "--output", "-o", required=True, metavar="PATH", help="The merged checkpoint: a folder, or one .apr file."
+)
 @output_options
 def merge(model: str | None, adapter: str, output: str, as_json: bool) -> None:
     """Merge --adapter into MODEL, or without one into the base that the adapter names.
 
+    MODEL is a folder, a hub id or an .apr file.
+
     Weights are added in float32 and rounded once, to the dtype that they are stored in. The most that this
     changes in a probe batch's logits is shown.
     """
-    refuse_apr(model, adapter, output)
     merged = merge_folders(model, adapter, Path(output))
     if as_json:
         print_json({"status": "merged", **merged.as_dict()})
@@ -55,7 +57,9 @@ class Merged:
 
 
 def merge_folders(model: str | None, adapter: str | Path, output: Path) -> Merged:
-    """Merge the adapter in a folder into `model`, or into the base that it names, and write it to `output`.
+    """Merge an adapter into `model`, or into the base that it names, and write the sum to `output`.
+
+    Each is a folder or an APR file; `model` and the adapter may be hub ids.
 
     Raises:
         UsageError: `output` is the base or the adapter itself, or holds another adapter.
@@ -71,15 +75,15 @@ def merge_folders(model: str | None, adapter: str | Path, output: Path) -> Merge
     base = model or config.base_model_name_or_path
     if base is None:
         raise AdapterError(f"{folder} names no base: give it as `lora merge MODEL --adapter {folder} ...`")
-    _check_output(output, {"the base": resolve(base), "the adapter": folder})
-    loaded = load(folder, base=base)
+    _check_output(output, {"the base": Path(resolve(base)), "the adapter": Path(folder)})
+    loaded = load(Path(folder), base=base)
     report = loaded.merge_adapter()
     loaded.save(output)
     return Merged(
         base_model=loaded.base_name,
-        adapter=folder,
+        adapter=Path(folder),
         output=output,
-        output_size=sum(file.stat().st_size for file in output.glob("model*.safetensors")),
+        output_size=sum(file.stat().st_size for file in _weight_files(output)),
         merged_layers=report.merged_modules,
         replaced_tensors=report.replaced_tensors,
         total_layers=len(adaptable_modules(loaded.spec)),
@@ -87,6 +91,10 @@ def merge_folders(model: str | None, adapter: str | Path, output: Path) -> Merge
         alpha=config.alpha,
         max_logit_difference=report.max_logit_difference,
     )
+
+
+def _weight_files(output: Path) -> list[Path]:
+    return [output] if output.is_file() else list(output.glob("model*.safetensors"))
 
 
 def print_merged(merged: Merged) -> None:
@@ -110,8 +118,8 @@ def _check_output(output: Path, sources: dict[str, Path]) -> None:
     for what, folder in sources.items():
         if output.resolve() == folder.resolve():
             raise UsageError(
-                f"--output {output} is {what} itself, which a merge must not overwrite; name another folder"
+                f"--output {output} is {what} itself, which a merge must not overwrite; name another output"
             )
     if (output / CONFIG).is_file():
         # beside an adapter, the merge would be taken for a part of it
-        raise UsageError(f"--output {output} holds an adapter; name another folder")
+        raise UsageError(f"--output {output} holds an adapter; name another output")

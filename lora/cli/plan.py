@@ -39,6 +39,7 @@ def make_plan(config: FinetuneConfig, model: str | None, data: str | None, vram:
         LoraError: flags, files, rows or config.json are not as they must be, checked in this order.
     """
     from lora.estimate import plan
+    from lora.io.apr_folder import open_folder
     from lora.io.checkpoint import read_config
     from lora.io.hub import require_path
     from lora.spec import check_named_size, read_spec, size_spec
@@ -53,7 +54,7 @@ def make_plan(config: FinetuneConfig, model: str | None, data: str | None, vram:
     optional = {"head_bias": config.head_bias, "vram_gb": vram, **_of_the_rows(config, data)}
     given = {name: value for name, value in optional.items() if value is not None}
     if model is not None and config.model_size is not None:
-        check_named_size(read_spec(read_config(Path(model))), config.model_size)
+        check_named_size(read_spec(read_config(open_folder(model))), config.model_size)
     return plan(target, **{name: getattr(config, name) for name in SETTINGS}, **given)
 
 

@@ -11,7 +11,6 @@ import click
 from lora.cli.options import base_option, dtype_option, length_option, output_options
 from lora.cli.output import note_truncated, one_line, print_json
 from lora.cli.texts import Texts, check_one_source, read_texts
-from lora.cli.unbuilt import refuse_apr
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +41,6 @@ def predict(
 
     A TEXT that starts with a dash comes after `--`.
     """
-    refuse_apr(model)
     check_one_source(texts, data)
     from lora.io.hub import require_path
     from lora.model.loading import load

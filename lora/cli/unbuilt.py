@@ -6,7 +6,7 @@ from lora.errors import UnsupportedError
 
 
 def refuse_apr(*paths: str | None) -> None:
-    """Refuse files of the seed's own format.
+    """Refuse files of the seed's own format as what a run is written into.
 
     Raises:
         UnsupportedError: a path ends in .apr.
@@ -14,5 +14,5 @@ def refuse_apr(*paths: str | None) -> None:
     for path in paths:
         if path is not None and path.lower().endswith(".apr"):
             raise UnsupportedError(
-                f"{path}: .apr files are read here by `lora convert` alone; name a folder instead"
+                f"{path}: a run is written into a folder; name one, and `lora convert` its best/ to {path}"
             )

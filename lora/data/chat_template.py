@@ -25,7 +25,7 @@ from jinja2.runtime import Context
 
 from lora.data.template_budget import BUDGET, Budget, BudgetError
 from lora.data.template_sandbox import BoundedEnvironment
-from lora.data.tokenizer import read_object
+from lora.data.tokenizer import File, Folder, read_object
 from lora.errors import DataError, FileFormatError
 
 MAX_CHARACTERS = 10**7  # of one rendered conversation
@@ -77,13 +77,13 @@ class ChatTemplate:
             raise FileFormatError(f"the chat template is not a Jinja template: {_message(error)}") from error
 
     @classmethod
-    def load(cls, folder: str | Path) -> ChatTemplate:
+    def load(cls, folder: str | Folder) -> ChatTemplate:
         """Return the template of the checkpoint in `folder`, or ChatML where it has none.
 
         Raises:
             FileFormatError: a file is corrupt, or names templates of which none is "default".
         """
-        folder = Path(folder)
+        folder = Path(folder) if isinstance(folder, str) else folder
         config = read_object(folder / "tokenizer_config.json")
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         tokens = {name: _token(config[name]) for name in names if config.get(name) is not None}
@@ -234,7 +234,7 @@ def _tojson(
     return "".join(parts)
 
 
-def _source(folder: Path, config: Mapping[str, Any]) -> str:
+def _source(folder: Folder, config: Mapping[str, Any]) -> str:
     text = folder / "chat_template.jinja"
     if text.is_file():
         return _read_text(text)
@@ -249,9 +249,9 @@ def _source(folder: Path, config: Mapping[str, Any]) -> str:
     return stored
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: File) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise FileFormatError(f"{path}: expected UTF-8, found: {error}") from error
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tokenizers
@@ -19,6 +19,24 @@ from lora.errors import DataError, FileFormatError, LoadError, ValidationError
 # texts encoded at a time: the tokenizer's own records are some hundred bytes a token, the ids we keep are
 # eight
 TEXTS_AT_A_TIME = 1024
+
+
+class File(Protocol):
+    """A small file of a checkpoint: a path, or a text inside another file."""
+
+    def is_file(self) -> bool:
+        """Return whether it is there."""
+        ...
+
+    def read_bytes(self) -> bytes:
+        """Return its content."""
+        ...
+
+
+class Folder(Protocol):
+    """What small files are found in by name: a path, or a file that holds them."""
+
+    def __truediv__(self, name: str, /) -> File: ...
 
 
 class Encoded(NamedTuple):
@@ -40,7 +58,7 @@ class Tokenizer:
         self.eos_id = eos_id
 
     @classmethod
-    def load(cls, folder: str | Path) -> Tokenizer:
+    def load(cls, folder: str | Folder) -> Tokenizer:
         """Read the tokenizer of the checkpoint in `folder`.
 
         The EOS token is `eos_token` of tokenizer_config.json, as Transformers has it; where that is silent,
@@ -50,7 +68,7 @@ class Tokenizer:
             LoadError: the folder has no tokenizer.json.
             FileFormatError: a file is corrupt, or names an EOS token that the vocabulary lacks.
         """
-        folder = Path(folder)
+        folder = Path(folder) if isinstance(folder, str) else folder
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise LoadError(
@@ -58,7 +76,7 @@ class Tokenizer:
                 "copy the file from the base model"
             )
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except Exception as error:  # the tokenizers package raises nothing narrower
             raise FileFormatError(f"{path}: expected a tokenizer, found: {error}") from error
         return cls(backend, _eos_id(folder, backend))
@@ -147,7 +165,7 @@ def _refuse_empty(positions: list[int], lines: Sequence[int] | None) -> None:
     raise DataError(f"expected at least one token in every text, found none at {', '.join(places)}{more}")
 
 
-def _eos_id(folder: Path, backend: tokenizers.Tokenizer) -> int | None:
+def _eos_id(folder: Folder, backend: tokenizers.Tokenizer) -> int | None:
     token = read_object(folder / "tokenizer_config.json").get("eos_token")
     if isinstance(token, dict):  # written by Transformers as an AddedToken
         token = token.get("content")
@@ -163,7 +181,7 @@ def _eos_id(folder: Path, backend: tokenizers.Tokenizer) -> int | None:
     return ids[0] if isinstance(ids, list) else ids
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: File) -> dict[str, Any]:
     """Return the JSON object in the file at `path`, empty where there is no file."""
     if not path.is_file():
         return {}

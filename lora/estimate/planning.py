@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from lora.errors import UnsupportedError, UsageError
 from lora.estimate.memory import HOST_ACTIVATION_BYTES, Memory, memory, micro_batch_tokens, most_tokens
 from lora.estimate.workload import STORED_BYTES, Device, Method, Task, Workload
+from lora.io.apr_folder import open_folder
 from lora.io.checkpoint import read_config
 from lora.io.lora_config import LoraConfig
 from lora.spec import ModelSpec, parameter_count, read_spec, size_spec
@@ -189,7 +190,7 @@ def _sizes(model: ModelSpec | str | Path) -> tuple[ModelSpec, str]:
         return model, "bfloat16"
     if isinstance(model, str) and Path(model).name == model and not Path(model).exists():
         return size_spec(model), "bfloat16"
-    config = read_config(Path(model))
+    config = read_config(open_folder(model))
     text = {**config, **config.get("text_config", {})}
     # without an entry Transformers reads float32
     stored = text.get("dtype") or text.get("torch_dtype") or "float32"

@@ -14,7 +14,8 @@ import json
 import reprlib
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -22,8 +23,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from lora.backend import Array, bfloat16, to_host
+from lora.backend import Array, bfloat16
 from lora.errors import FileFormatError, MissingFileError, UnsupportedError, ValidationError
+from lora.io.safetensors_file import Tensor, tensor_blocks, tensor_bytes
 
 MAGIC = b"APR\0"
 VERSION = (2, 0)
@@ -50,6 +52,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _QUANTISED = {8: "AprQ4", 9: "AprQ8", 12: "Q4K", 14: "Q6K", 128: "AprQ4", 129: "AprQ8"}
 _HEADER = struct.Struct("<4s2BHIQIQQI20s")
 _CRC_AT = 40  # of the header: its own CRC, which covers what stands before and after it
+_CRC_BYTES = 4
 _LINE = 64
 _MOST_NAME = 256  # bytes
 _MOST_AXES = 8
@@ -80,8 +83,50 @@ class _Entry(NamedTuple):
     size: int  # bytes
 
 
+@dataclass(frozen=True)
+class OpenApr:
+    """An APR file of which all but the tensors was read and checked; made by `open_apr`."""
+
+    path: Path
+    metadata: dict[str, Any]
+    _header: _Header
+    _entries: tuple[_Entry, ...]
+    _data: Array  # the whole file, memory-mapped
+
+    def dtypes(self) -> dict[str, np.dtype[Any]]:
+        """Return the dtype of each tensor, by name."""
+        return {entry.name: entry.dtype for entry in self._entries}
+
+    def description(self) -> bytes:
+        """Return all bytes before the first tensor's."""
+        return self._data[: self._header.data].tobytes()
+
+    def read_tensors(self) -> dict[str, Array]:
+        """Return the tensors: read-only, memory-mapped, in the stored dtype. The whole file is read once.
+
+        Raises:
+            FileFormatError: the file's last CRC does not match.
+        """
+        held = self._data[:-_CRC_BYTES]
+        last = int.from_bytes(self._data[-_CRC_BYTES:].tobytes(), "little")
+        if _end_of_tensors(self._header, self._entries) < self._data.size and last != _crc(held):
+            raise FileFormatError(f"{self.path}: the CRC-32 of the file does not match: the file is corrupt")
+        tensors = self._data[self._header.data :]
+        # asarray: a memmap's slices would go on calling themselves memmaps through every operation
+        return {
+            e.name: np.asarray(tensors[e.start : e.start + e.size].view(e.dtype).reshape(e.shape))
+            for e in self._entries
+        }
+
+
 def read_apr(path: Path) -> AprFile:
-    """Return the metadata and the tensors of an APR v2 file whose checksums hold.
+    """Return the metadata and the tensors of an APR v2 file whose checksums hold; errors as in `open_apr`."""
+    opened = open_apr(path)
+    return AprFile(opened.metadata, opened.read_tensors())
+
+
+def open_apr(path: Path) -> OpenApr:
+    """Return an APR v2 file whose header's checksum holds and whose every offset lies where it must.
 
     Of a metadata key that occurs twice the last value counts: old training files hold `null`, then the value.
 
@@ -101,29 +146,21 @@ def read_apr(path: Path) -> AprFile:
         header = _read_header(data)
         metadata = _read_metadata(data[header.metadata].tobytes())
         entries = _read_index(data[header.entries].tobytes(), header.tensor_count)
-        _check_data(data, header, entries)
+        _check_places(data, header, entries)
     except FileFormatError as error:
         raise FileFormatError(f"{path}: {error}") from error
     except UnsupportedError as error:
         raise UnsupportedError(f"{path}: {error}") from error
-    tensors = data[header.data :]
-    # asarray: a memmap's slices would go on calling themselves memmaps through every operation
-    return AprFile(
-        metadata,
-        {
-            e.name: np.asarray(tensors[e.start : e.start + e.size].view(e.dtype).reshape(e.shape))
-            for e in entries
-        },
-    )
+    return OpenApr(path, metadata, header, tuple(entries), data)
 
 
-def write_apr(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
+def write_apr(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write `tensors` in their own dtypes, and `metadata` with sorted keys: equal inputs give equal bytes.
 
     Args:
         path: written in place; `write_atomically` gives one to rename.
         metadata: JSON values.
-        tensors: arrays of up to 8 axes, by names of up to 256 bytes.
+        tensors: arrays, or `Deferred` ones, of up to 8 axes, by names of up to 256 bytes.
 
     Raises:
         ValidationError: the metadata is not JSON, or the format has no such name, dtype or number of axes.
@@ -133,7 +170,7 @@ def write_apr(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Arr
     index, offset = b"", 0
     for name in order:
         index += _entry_bytes(name, tensors[name], offset)
-        offset += _padded(tensors[name].nbytes)
+        offset += _padded(tensor_bytes(tensors[name]))
     index_at = _LINE + _padded(len(text))
     data_at = index_at + _padded(len(index))
     with path.open("wb") as file:
@@ -143,9 +180,9 @@ def write_apr(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Arr
             writer.write(part)
             writer.pad(len(part))
         for name in order:
-            for block in _blocks(tensors[name]):
+            for block in tensor_blocks(tensors[name]):
                 writer.write(block)
-            writer.pad(tensors[name].nbytes)
+            writer.pad(tensor_bytes(tensors[name]))
         file.write(writer.crc.to_bytes(4, "little"))
 
 
@@ -257,8 +294,8 @@ def _read_entry(raw: bytes, at: int) -> tuple[bytes, _Entry, int]:
     return name, _Entry(text, _DTYPES[code], tuple(shape), start, size), end
 
 
-def _check_data(data: Array, header: _Header, entries: list[_Entry]) -> None:
-    """Require tensors that lie in the file, none over another, and a last CRC that matches if it is there."""
+def _check_places(data: Array, header: _Header, entries: list[_Entry]) -> None:
+    """Require tensors that lie in the file, none over another, and nothing after them but a last CRC."""
     end = 0
     for entry in sorted(entries, key=lambda e: (e.start, e.size)):
         if entry.start < end or entry.start % _LINE:
@@ -267,11 +304,14 @@ def _check_data(data: Array, header: _Header, entries: list[_Entry]) -> None:
                 f"multiple of 64 that is at least {end}"
             )
         end = entry.start + entry.size
-    end = header.data + _padded(end)
-    if data.size not in (end, end + 4):
-        raise FileFormatError(f"truncated or padded: {data.size} bytes, expected {end + 4}")
-    if data.size == end + 4 and int.from_bytes(data[end:].tobytes(), "little") != _crc(data[:end]):
-        raise FileFormatError("the CRC-32 of the file does not match: the file is corrupt")
+    end = _end_of_tensors(header, entries)
+    if data.size not in (end, end + _CRC_BYTES):
+        raise FileFormatError(f"truncated or padded: {data.size} bytes, expected {end + _CRC_BYTES}")
+
+
+def _end_of_tensors(header: _Header, entries: Sequence[_Entry]) -> int:
+    """Return where in the file the last padded tensor ends."""
+    return header.data + _padded(max((entry.start + entry.size for entry in entries), default=0))
 
 
 def _crc(data: Array) -> int:
@@ -291,24 +331,18 @@ def _metadata_text(metadata: Mapping[str, Any]) -> bytes:
         raise ValidationError(f"the metadata of an APR file must be JSON values: {error}") from error
 
 
-def _entry_bytes(name: str, tensor: Array, offset: int) -> bytes:
-    encoded, code = name.encode(), _CODES.get(np.dtype(tensor.dtype))
-    if code is None or len(encoded) > _MOST_NAME or tensor.ndim > _MOST_AXES:
+def _entry_bytes(name: str, tensor: Tensor, offset: int) -> bytes:
+    encoded, code, axes = name.encode(), _CODES.get(np.dtype(tensor.dtype)), len(tensor.shape)
+    if code is None or len(encoded) > _MOST_NAME or axes > _MOST_AXES:
         raise ValidationError(
-            f"{reprlib.repr(name)}: {tensor.dtype} with {tensor.ndim} axes and a name of {len(encoded)} bytes"
+            f"{reprlib.repr(name)}: {tensor.dtype} with {axes} axes and a name of {len(encoded)} bytes"
             f"; APR has {', '.join(map(str, _CODES))}, 8 axes and 256 bytes"
         )
-    head = struct.pack("<H", len(encoded)) + encoded + struct.pack("<BB", code, tensor.ndim)
-    return head + struct.pack(f"<{tensor.ndim + 2}Q", *tensor.shape, offset, tensor.nbytes)
+    head = struct.pack("<H", len(encoded)) + encoded + struct.pack("<BB", code, axes)
+    return head + struct.pack(f"<{axes + 2}Q", *tensor.shape, offset, tensor_bytes(tensor))
 
 
 def _header_bytes(count: int, metadata_size: int, index_at: int, data_at: int) -> bytes:
     fields = (MAGIC, *VERSION, ROW_MAJOR, count, _LINE, metadata_size, index_at, data_at)
     crc = _header_crc(_HEADER.pack(*fields, 0, bytes(20)))
     return _HEADER.pack(*fields, crc, bytes(20))
-
-
-def _blocks(tensor: Array) -> Iterator[memoryview]:
-    flat = np.ascontiguousarray(to_host(tensor)).reshape(-1).view(np.uint8)
-    for start in range(0, flat.size, _BLOCK_BYTES):
-        yield flat[start : start + _BLOCK_BYTES].data

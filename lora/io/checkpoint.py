@@ -1,4 +1,4 @@
-"""Reading a folder as Transformers lays it out: config.json, and safetensors in one file or in shards."""
+"""Reading a checkpoint: a folder as Transformers lays it out, or an APR file that stands for one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import numpy as np
 
 from lora.backend import Array, bfloat16
 from lora.errors import FileFormatError, LoadError, MissingFileError
+from lora.io.apr_folder import AprFolder, AprText, Folder
 from lora.io.safetensors_file import read_tensors
+from lora.io.small_files import CONFIG
 from lora.spec import ModelSpec, canonical_name, is_skipped, layout_of, read_spec
 
-CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _STORED_DTYPES = (np.dtype("float64"), np.dtype("float32"), np.dtype("float16"), bfloat16)
@@ -25,7 +26,7 @@ _COMPARED_ROWS = 4096  # at a time: an embedding is too large for a temporary of
 class Checkpoint(NamedTuple):
     """A checkpoint whose files were found whole; its tensors are on the disk still."""
 
-    folder: Path
+    folder: Folder
     config: Mapping[str, Any]  # config.json as it is
     spec: ModelSpec
     layout: str  # "text" or "multimodal"
@@ -33,8 +34,8 @@ class Checkpoint(NamedTuple):
     skipped: Mapping[str, Array]  # by stored name: vision and multi-token prediction, copied on a merge
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the config and the headers of the weights in `folder`; no tensor is read yet.
+def open_checkpoint(folder: Folder) -> Checkpoint:
+    """Read the config and the headers of the weights in `folder`; of an APR file all bytes, for its checksum.
 
     Raises:
         MissingFileError: there is no such folder.
@@ -98,7 +99,7 @@ def load_weights(
     return weights
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Folder) -> dict[str, Any]:
     """Return the content of config.json in `folder`.
 
     Raises:
@@ -113,14 +114,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json_object(folder / CONFIG)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path | AprText) -> dict[str, Any]:
     """Return the JSON object in the file `path`.
 
     Raises:
         FileFormatError: the file holds none.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes().decode())
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -128,7 +129,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _stored_tensors(folder: Path) -> dict[str, Array]:
+def _stored_tensors(folder: Folder) -> dict[str, Array]:
+    if isinstance(folder, AprFolder):
+        return folder.tensors
     if (folder / SINGLE).is_file():
         return read_tensors(folder / SINGLE)
     if (folder / INDEX).is_file():

@@ -1,4 +1,4 @@
-"""From what a user names, a path or a hub id, to a folder on this machine."""
+"""From what a user names, a path or a hub id, to a folder on this machine, or to an APR file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from lora.errors import LoadError, MissingFileError, UnsupportedError
-from lora.io.checkpoint import INDEX, SINGLE, read_index
+from lora.io.apr_folder import Folder, is_apr, open_folder
+from lora.io.checkpoint import CONFIG, INDEX, SINGLE, read_index
 from lora.io.peft import TENSORS
 
 # weights in other formats, and a repository's pictures and logs, stay where they are
@@ -15,7 +16,7 @@ _FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def resolve(name: str | os.PathLike[str]) -> Path:
+def resolve(name: str | os.PathLike[str]) -> Folder:
     """Return the folder of the checkpoint or adapter `name`; an id is looked up in the cache, then fetched.
 
     A name is a path when it is absolute, starts with a dot, exists, or has more than one slash.
@@ -23,10 +24,12 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     Raises:
         MissingFileError: the path does not exist.
         UnsupportedError: the path is a file of a format that is not read.
+        FileFormatError: the path is an APR file that is corrupt, or holds no model and no adapter.
         LoadError: the id is not in the cache, and cannot be fetched.
     """
     if is_path(name):
-        return _folder(Path(name))
+        require_path(name)
+        return open_folder(name)
     return _from_hub(str(name))
 
 
@@ -37,8 +40,15 @@ def require_path(name: str | os.PathLike[str]) -> None:
         MissingFileError: the path does not exist.
         UnsupportedError: the path is a file of a format that is not read.
     """
-    if is_path(name):
-        _folder(Path(name))
+    if not is_path(name):
+        return
+    path = Path(name)
+    if not path.exists():
+        raise MissingFileError(f"{path}: no such file or folder")
+    if not path.is_dir() and not is_apr(path):
+        raise UnsupportedError(
+            f"{path} is a file; expected an .apr file, or a folder with {CONFIG} and {SINGLE}"
+        )
 
 
 def is_path(name: str | os.PathLike[str]) -> bool:
@@ -47,14 +57,6 @@ def is_path(name: str | os.PathLike[str]) -> bool:
         return True  # a Path has lost the dot that "./x" had
     path = Path(name)
     return path.is_absolute() or name.startswith(".") or path.exists() or name.count("/") > 1
-
-
-def _folder(path: Path) -> Path:
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise UnsupportedError(f"{path} is a file; expected a folder with config.json and model.safetensors")
-    raise MissingFileError(f"{path}: no such file or folder")
 
 
 def _from_hub(name: str) -> Path:

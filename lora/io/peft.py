@@ -18,45 +18,23 @@ import numpy as np
 
 from lora.backend import Array, bfloat16, to_host
 from lora.errors import AdapterError, MissingFileError, UnsupportedError
+from lora.io.adapter_names import PREFIX, parse_peft_name, peft_name
+from lora.io.apr_contents import adapter_tensors, write_adapter
+from lora.io.apr_folder import AprFolder, AprText, Folder, is_apr
 from lora.io.atomic import replace_folder
 from lora.io.checkpoint import read_json_object
 from lora.io.lora_config import LoraConfig
 from lora.io.safetensors_file import read_tensors, write_tensors
+from lora.io.small_files import ADAPTER_CONFIG as CONFIG
+from lora.io.small_files import ADAPTER_METADATA as METADATA
 from lora.io.targets import SHORTHANDS
-from lora.spec import canonical_name, layout_of, stored_name
+from lora.spec import layout_of
 
-CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-METADATA = "lora_metadata.json"
-_PREFIX = "base_model.model."
-_KINDS = ("lora_A.weight", "lora_B.weight", "weight", "bias")
 _WIDENED = (np.dtype("float16"), bfloat16, np.dtype("float32"))
 # where our own default differs from what a key that is absent from a file means
 _PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8, "target_modules": None, "init_lora_weights": True}
 _READ_ONLY_KEYS = ("peft_type", "peft_version", "inference_mode")
-
-
-def peft_name(module: str, kind: str, layout: str = "text") -> str:
-    """Return the name on disk of a tensor of an adapter.
-
-    Args:
-        module: canonical, for example `model.layers.0.self_attn.q_proj` or `score`.
-        kind: "lora_A.weight", "lora_B.weight", or "weight" and "bias" of a module that is saved whole.
-        layout: the layout of the base that PEFT would load the adapter into.
-    """
-    return f"{_PREFIX}{stored_name(module, layout)}.{kind}"
-
-
-def parse_peft_name(name: str, layout: str = "text") -> tuple[str, str]:
-    """Return (module, kind), the inverse of `peft_name`.
-
-    Raises:
-        AdapterError: `name` is no such name.
-    """
-    for kind in _KINDS:
-        if name.startswith(_PREFIX) and name.endswith(f".{kind}"):
-            return canonical_name(name.removeprefix(_PREFIX).removesuffix(f".{kind}"), layout), kind
-    raise AdapterError(f"{name!r}: expected {_PREFIX}<module> and one of {', '.join(_KINDS)}")
 
 
 def in_layout(tensors: Mapping[str, Array], layout: str) -> dict[str, Array]:
@@ -65,7 +43,7 @@ def in_layout(tensors: Mapping[str, Array], layout: str) -> dict[str, Array]:
     Raises:
         AdapterError: a name is no adapter's.
     """
-    found = layout_of(name.removeprefix(_PREFIX) for name in tensors)
+    found = layout_of(name.removeprefix(PREFIX) for name in tensors)
     return {peft_name(*parse_peft_name(name, found), layout): array for name, array in tensors.items()}
 
 
@@ -89,12 +67,14 @@ def check_tensors(tensors: Mapping[str, Array], expected: Mapping[str, tuple[int
 
 
 def save_adapter(
-    folder: Path, config: LoraConfig, tensors: Mapping[str, Array], metadata: Mapping[str, Any]
+    path: Path, config: LoraConfig, tensors: Mapping[str, Array], metadata: Mapping[str, Any]
 ) -> None:
-    """Write the adapter folder, whole or not at all; files there that are not an adapter's are kept.
+    """Write the adapter folder, or under a name that ends in .apr one APR file, whole or not at all.
+
+    Files in the folder that are not an adapter's are kept.
 
     Args:
-        folder: where to write.
+        path: where to write.
         config: with its targets spelled out (`expanded`).
         tensors: float32, by name on disk.
         metadata: JSON values for lora_metadata.json.
@@ -102,22 +82,26 @@ def save_adapter(
     Raises:
         AdapterError: a tensor is not float32 or not finite, a name is no adapter's, or a shorthand is left.
         UnsupportedError: the config holds what is not built.
-        WriteError: the folder could not be written; what was there is unharmed.
+        WriteError: `path` could not be written; what was there is unharmed.
     """
     config.validate(training=False)
     if config.target_modules in SHORTHANDS:
         raise AdapterError(f"target_modules {config.target_modules!r} must be expanded before it is written")
     tensors = {name: to_host(array) for name, array in tensors.items()}
     _check_writable(tensors)
-    with replace_folder(folder, owns=("adapter_*", METADATA)) as new:
-        _write_json(new / CONFIG, _to_json(config))
+    facts = {CONFIG: _to_json(config)} | ({METADATA: dict(metadata)} if metadata else {})
+    texts = {name: json.dumps(value, indent=2, ensure_ascii=False) + "\n" for name, value in facts.items()}
+    if is_apr(path):
+        write_adapter(path, config, texts, tensors)
+        return
+    with replace_folder(path, owns=("adapter_*", METADATA)) as new:
         write_tensors(new / TENSORS, tensors, {"format": "pt"})
-        if metadata:
-            _write_json(new / METADATA, dict(metadata))
+        for name, text in texts.items():
+            (new / name).write_text(text, encoding="utf-8")
 
 
-def load_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Array], dict[str, Any]]:
-    """Return (config, tensors, metadata) of an adapter folder; tensors are float32, by name on disk.
+def load_adapter(folder: Folder) -> tuple[LoraConfig, dict[str, Array], dict[str, Any]]:
+    """Return (config, tensors, metadata) of an adapter; tensors are float32, by PEFT's names.
 
     bfloat16 and float16 are widened. Keys that adapter_config.json lacks have PEFT's defaults.
 
@@ -127,14 +111,14 @@ def load_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Array], dict[str, 
         AdapterError: the config or a tensor is none that an adapter can have.
         UnsupportedError: the config holds what is not built.
     """
-    for name in (CONFIG, TENSORS):
+    for name in (CONFIG,) if isinstance(folder, AprFolder) else (CONFIG, TENSORS):
         if not (folder / name).is_file():
             raise MissingFileError(
                 f"{folder}: expected a folder with {CONFIG} and {TENSORS}; {name} is missing"
             )
     config = _from_json(read_json_object(folder / CONFIG), folder / CONFIG)
     config.validate(training=False)
-    stored = read_tensors(folder / TENSORS)
+    stored = adapter_tensors(folder) if isinstance(folder, AprFolder) else read_tensors(folder / TENSORS)
     tensors = {name: _widened(name, array) for name, array in stored.items()}
     _check_writable(tensors)
     path = folder / METADATA
@@ -168,7 +152,7 @@ def _to_json(config: LoraConfig) -> dict[str, Any]:
     return dict(sorted(values.items()))
 
 
-def _from_json(values: Mapping[str, Any], path: Path) -> LoraConfig:
+def _from_json(values: Mapping[str, Any], path: Path | AprText) -> LoraConfig:
     if values.get("peft_type") != "LORA":
         raise UnsupportedError(f"{path}: peft_type is {values.get('peft_type')!r}; only 'LORA' is built")
     known = {f.name for f in fields(LoraConfig)}
@@ -182,7 +166,3 @@ def _from_json(values: Mapping[str, Any], path: Path) -> LoraConfig:
     for key in ("rank_pattern", "alpha_pattern"):
         given[key] = given.get(key) or {}
     return LoraConfig(**(_PEFT_DEFAULTS | given))
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -48,6 +48,9 @@ class Deferred(NamedTuple):
     make: Callable[[], Array]
 
 
+Tensor = Array | Deferred
+
+
 class _Entry(NamedTuple):
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -72,7 +75,7 @@ def read_tensors(path: Path) -> dict[str, Array]:
     }
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Array | Deferred], metadata: Mapping[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write `tensors` in their own dtypes; equal inputs give equal bytes.
 
     Widest dtype first, then by name: with the header padded to 8 bytes every tensor is aligned for its dtype.
@@ -95,16 +98,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Array | Deferred], metadata:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in order:
-            for block in _blocks(tensors[name]):
+            for block in tensor_blocks(tensors[name]):
                 file.write(block)
 
 
-def tensor_bytes(tensor: Array | Deferred) -> int:
+def tensor_bytes(tensor: Tensor) -> int:
     """Return the size in bytes of `tensor` on disk."""
     return prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
 
 
-def _blocks(tensor: Array | Deferred) -> Iterator[memoryview]:
+def tensor_blocks(tensor: Tensor) -> Iterator[memoryview]:
+    """Yield the bytes of `tensor` in pieces, so that a file of it is written without a copy of its size."""
     array = to_host(tensor.make() if isinstance(tensor, Deferred) else tensor)
     if array.size == 0:
         return

@@ -1,63 +1,53 @@
-"""Writing a model's folder as Transformers lays it out, whole or not at all."""
+"""Writing a model as Transformers lays out its folder, or as one APR file, whole or not at all."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora.backend import Array
+from lora.io.apr_contents import write_model
+from lora.io.apr_folder import Folder, is_apr
 from lora.io.atomic import replace_folder
 from lora.io.checkpoint import CONFIG, INDEX, SINGLE, open_checkpoint
-from lora.io.safetensors_file import Deferred, tensor_bytes, write_tensors
+from lora.io.safetensors_file import Deferred, Tensor, tensor_bytes, write_tensors
+from lora.io.small_files import COMPANIONS, decoded, matching
 from lora.spec import stored_name
 
-Tensor = Array | Deferred
-
 SHARD_BYTES = 5 * 10**9
-# what a tokenizer, a chat template, a processor and a generation setting are stored as
-COPIED = (
-    "tokenizer*",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "*processor_config.json",
-)
-_OWNED = (CONFIG, INDEX, "model*.safetensors", *COPIED)
+_OWNED = (CONFIG, INDEX, "model*.safetensors", *COMPANIONS)
 _METADATA = {"format": "pt"}  # Transformers refuses a file that does not say so
 
 
 def save_checkpoint(
-    folder: Path,
+    path: Path,
     weights: Mapping[str, Tensor],
     config: Mapping[str, Any],
     *,
-    source_folder: Path | None = None,
+    source_folder: Folder | None = None,
     dtypes: Mapping[str, Any] | None = None,
     texts: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a checkpoint that Transformers loads. A `folder` that exists is replaced; foreign files are kept.
+    """Write a checkpoint that Transformers loads, or under a name that ends in .apr one APR file.
+
+    A folder that exists is replaced; foreign files in it are kept.
 
     Args:
-        folder: where to write.
+        path: where to write.
         weights: by canonical name, arrays or `Deferred` ones.
         config: the content of config.json.
         source_folder: the checkpoint that the model came from. Its layout is kept, its tokenizer, template
             and generation files are copied, and so are, byte for byte, the tensors that are not read here.
         dtypes: the dtype on disk by canonical name; a name without one keeps its array's.
-        texts: further files of the folder, by name.
-        shard_bytes: more than this many bytes of tensors go into several files.
+        texts: further small files, by name.
+        shard_bytes: more than this many bytes of tensors go into several files; an APR file is always one.
 
     Raises:
-        WriteError: the folder could not be written; what was there is unharmed.
+        WriteError: `path` could not be written; what was there is unharmed.
         LoadError: `source_folder` is no checkpoint.
     """
     source = None if source_folder is None else open_checkpoint(source_folder)
@@ -65,21 +55,20 @@ def save_checkpoint(
     tensors = {stored_name(k, layout): _as_stored(w, (dtypes or {}).get(k)) for k, w in weights.items()}
     if source is not None:
         tensors |= source.skipped
-    with replace_folder(folder, owns=_OWNED) as new:
-        _write_json(new / CONFIG, config)
+    files = {} if source is None else companions(source.folder)
+    files |= {name: text.encode() for name, text in {CONFIG: _json(config), **(texts or {})}.items()}
+    if is_apr(path):
+        write_model(path, decoded(files), tensors)
+        return
+    with replace_folder(path, owns=_OWNED) as new:
         write_shards(new, tensors, shard_bytes)
-        if source is not None:
-            copy_companions(source.folder, new)
-        for name, text in (texts or {}).items():
-            (new / name).write_text(text, encoding="utf-8")
+        for name, content in files.items():
+            (new / name).write_bytes(content)
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy the tokenizer, template and generation files of the checkpoint folder `source` to `target`."""
-    for pattern in COPIED:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, target / path.name)
+def companions(folder: Folder) -> dict[str, bytes]:
+    """Return the tokenizer, template and generation files of a checkpoint, by name."""
+    return {file.name: file.read_bytes() for file in matching(folder.iterdir(), COMPANIONS)}
 
 
 def _as_stored(tensor: Tensor, dtype: Any) -> Tensor:
@@ -101,7 +90,8 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int =
         write_tensors(folder / file, {name: tensors[name] for name in names}, _METADATA)
         where |= dict.fromkeys(names, file)
     total = sum(tensor_bytes(tensor) for tensor in tensors.values())
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / INDEX).write_text(_json(index), encoding="utf-8")
 
 
 def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
@@ -118,5 +108,5 @@ def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

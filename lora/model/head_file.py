@@ -11,9 +11,8 @@ from typing import Any
 
 from lora.errors import FileFormatError
 from lora.io.checkpoint import Checkpoint, read_json_object
+from lora.io.small_files import HEAD_FILE
 from lora.model.head import ClassifierHead, Pooling
-
-FILE = "lora_head.json"
 
 
 def read_head_file(checkpoint: Checkpoint, classes: int) -> tuple[Pooling, tuple[str, ...]]:
@@ -22,7 +21,7 @@ def read_head_file(checkpoint: Checkpoint, classes: int) -> tuple[Pooling, tuple
     Raises:
         FileFormatError: the file names another pooling, or the labels are not one for each output.
     """
-    path = checkpoint.folder / FILE
+    path = checkpoint.folder / HEAD_FILE
     pooling = read_json_object(path).get("pooling") if path.is_file() else "last"
     if pooling not in ("mean", "last"):
         raise FileFormatError(f"{path}: pooling: expected mean or last, found {pooling!r}")

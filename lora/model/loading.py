@@ -1,4 +1,4 @@
-"""From a folder or a hub id to a model: weights, head, and the adapter where the folder holds one."""
+"""From a folder, an APR file or a hub id to a model: weights, head, and the adapter where there is one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from lora.backend import Array, compute_dtype, named_stream
 from lora.dispatch import Ops, implementations, require
 from lora.errors import AdapterError, ContractError, UnsupportedError, UsageError
+from lora.io.apr_folder import Folder
 from lora.io.checkpoint import Checkpoint, load_weights, open_checkpoint
 from lora.io.hub import resolve
 from lora.io.peft import CONFIG, load_adapter, peft_name
@@ -76,10 +77,10 @@ def load(
     seed: int = 0,
     base: str | Path | None = None,
 ) -> Model:
-    """Return the model in a folder or under a hub id; an adapter's folder gives its base with the adapter.
+    """Return the model in a folder, an APR file or under a hub id; an adapter gives its base with itself.
 
     Args:
-        path: a checkpoint's folder, an adapter's folder in PEFT's format, or a hub id.
+        path: a checkpoint's folder, an adapter's folder in PEFT's format, an APR file of either, or a hub id.
         device: "cpu", or "cuda" for models whose every operation has a kernel.
         dtype: precision of the arithmetic: "float32", "float64" or "bfloat16"; weights stay as stored.
         num_labels: gives the model a classifier's head of so many outputs, new unless the checkpoint has one.
@@ -88,7 +89,7 @@ def load(
         class_names: the classes in the order of the head's outputs; implies num_labels.
         quantize: reserved for "nf4".
         seed: draws a new head.
-        base: for an adapter's folder, the base to use in the place of the one that it names.
+        base: for an adapter, the base to use in the place of the one that it names.
 
     Raises:
         LoraError: the path, its config.json, its weights or an argument is not as it must be.
@@ -100,7 +101,7 @@ def load(
     if (folder / CONFIG).is_file():
         return _load_with_adapter(folder, base, device, dtype)
     if base is not None:
-        raise UsageError(f"base = {str(base)!r} is for an adapter's folder, and {folder} holds no {CONFIG}")
+        raise UsageError(f"base = {str(base)!r} is for an adapter, and {folder} holds no {CONFIG}")
     opened = Base(base_name(path), open_checkpoint(folder), device, ops, compute)
     return opened.model(
         num_labels=num_labels, pooling=pooling, head_bias=head_bias, class_names=class_names, seed=seed
@@ -108,11 +109,11 @@ def load(
 
 
 def base_name(path: str | Path) -> str:
-    """Return what an adapter calls its base: an absolute path for a folder, a hub id as it is."""
+    """Return what an adapter calls its base: an absolute path for what is on the disk, a hub id as it is."""
     return str(Path(path).resolve()) if Path(path).exists() else str(path)
 
 
-def _load_with_adapter(folder: Path, base: str | Path | None, device: str, dtype: str) -> Model:
+def _load_with_adapter(folder: Folder, base: str | Path | None, device: str, dtype: str) -> Model:
     """Load the base of the adapter in `folder` with the head that the adapter trained, then the adapter."""
     config, tensors, facts = load_adapter(folder)
     base = base or config.base_model_name_or_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from lora.backend import Array, named_stream, wide
 from lora.data.packed import Packed, pack_padded, to_padded
 from lora.dispatch import Ops
 from lora.errors import AdapterError, DataError, LoraWarning, UsageError
+from lora.io.apr_folder import open_folder
 from lora.io.checkpoint import Checkpoint
 from lora.io.lora_config import LoraConfig
 from lora.io.peft import load_adapter, save_adapter
@@ -177,15 +179,15 @@ class Model:
         self.parameters.adapters[name] = new_adapter(self.parameters, self.spec, config, seed)
         self.parameters.activate(name)
 
-    def load_adapter(self, folder: str | Path, name: str = "default") -> None:
-        """Read an adapter in PEFT's format and make it the active, trainable one.
+    def load_adapter(self, folder: str | os.PathLike[str], name: str = "default") -> None:
+        """Read an adapter in PEFT's format, or in an APR file, and make it the active, trainable one.
 
         Raises:
             AdapterError: a tensor does not match the model, or the name is in use.
             UnsupportedError: the configuration asks for what is not built.
         """
         self._check_new(name)
-        config, tensors, facts = load_adapter(Path(folder))
+        config, tensors, facts = load_adapter(open_folder(folder))
         config = replace(config, task_type=self._task_type)
         config = with_shorthand(config, facts.get("targets"), adaptable_modules(self.spec))
         adapter = adapter_from_tensors(self.parameters, self.spec, config, tensors)
@@ -202,7 +204,7 @@ class Model:
         """Write the active adapter in PEFT's format.
 
         Args:
-            folder: where to write.
+            folder: where to write; a name that ends in .apr gives one APR file.
             metadata: JSON values that are kept beside the adapter, in lora_metadata.json.
             layout: "text" or "multimodal", whose names the tensors get; None for the base's own.
 
@@ -319,6 +321,8 @@ class Model:
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint that Transformers loads, each tensor in its stored dtype.
+
+        A name that ends in .apr gives one APR file, which `lora.load` and `lora convert` read.
 
         Raises:
             AdapterError: an adapter is active and not merged: call `merge_adapter` first.

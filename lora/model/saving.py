@@ -11,8 +11,9 @@ import numpy as np
 from lora.contracts import family_contract
 from lora.io.checkpoint import Checkpoint
 from lora.io.save_checkpoint import save_checkpoint
+from lora.io.small_files import HEAD_FILE
 from lora.model.head import ClassifierHead, Head
-from lora.model.head_file import FILE, head_file, label_config
+from lora.model.head_file import head_file, label_config
 from lora.model.parameters import HEAD, Parameters
 
 LANGUAGE_HEAD = "lm_head.weight"
@@ -28,7 +29,7 @@ def save_model(folder: Path, checkpoint: Checkpoint, parameters: Parameters, hea
     dtypes |= {name: np.dtype(np.float32) for name in HEAD if name not in dtypes}
     config = _config(checkpoint, head, untied=LANGUAGE_HEAD in weights)
     # in the same swap as the weights: a head read with another pooling than its own would be wrong in silence
-    texts = {FILE: head_file(head)} if isinstance(head, ClassifierHead) else {}
+    texts = {HEAD_FILE: head_file(head)} if isinstance(head, ClassifierHead) else {}
     save_checkpoint(folder, weights, config, source_folder=checkpoint.folder, dtypes=dtypes, texts=texts)
 
 

@@ -20,6 +20,7 @@ from lora.data.tokenizer import Tokenizer
 from lora.dispatch import choices
 from lora.errors import LoraWarning, MissingFileError, UsageError
 from lora.estimate import Plan, plan
+from lora.io.apr_folder import Folder
 from lora.io.checkpoint import read_config
 from lora.io.hub import require_path, resolve
 from lora.model.loading import Base, base_name, open_base
@@ -61,7 +62,7 @@ class Prepared:
 
     config: FinetuneConfig  # task and method decided
     base: str  # what the adapter will call it
-    folder: Path  # of the base
+    folder: Folder  # of the base
     data_path: Path
     plan: Plan
     data: Data
@@ -93,7 +94,7 @@ def finetune(
     """Train an adapter (or, with method="full", every weight) on the rows of a file, and keep the best state.
 
     Args:
-        model: a checkpoint's folder, a hub id, or a model from `lora.load`.
+        model: a checkpoint's folder, an APR file, a hub id, or a model from `lora.load`.
         data: JSON Lines: {"input", "label"} to classify, {"text"} for a causal model; {"messages"},
             {"instruction", "response"} or {"prompt", "completion"} to instruct.
         task: "classify", "causal" or "instruct"; None for what the first row's fields say.

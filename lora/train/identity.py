@@ -14,6 +14,7 @@ import numpy as np
 
 from lora.backend import blas_facts
 from lora.errors import LoraWarning, ValidationError
+from lora.io.apr_folder import AprFolder, Folder
 from lora.model.model import Model
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def run_identity(prepared: Prepared, model: Model | str | Path) -> dict[str, dic
         "settings": settings,
         "classes": {"names": prepared.class_names},
         "data": {"sha256": file_hash(prepared.data_path)},
-        "base": file_hashes(prepared.folder, READ),
+        "base": base_hashes(prepared.folder),
         "arithmetic": arithmetic_facts(),
     }
     # as it will be read back: a tuple is a list there
@@ -86,6 +87,13 @@ def check_same_run(
             LoraWarning,
             stacklevel=3,
         )
+
+
+def base_hashes(base: Folder) -> dict[str, str]:
+    """Return the SHA-256 of each file on the disk that a base consists of, by name."""
+    if isinstance(base, AprFolder):
+        return {path.name: file_hash(path) for path in base.sources()}
+    return file_hashes(base, READ)
 
 
 def file_hashes(folder: Path, patterns: Collection[str]) -> dict[str, str]:

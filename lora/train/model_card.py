@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 
 from lora.errors import UsageError
+from lora.io.apr_folder import AprFolder, Folder, is_apr
 from lora.io.atomic import write_text
 from lora.io.checkpoint import read_json_object
 from lora.io.lora_config import LoraConfig
@@ -56,12 +58,17 @@ def epoch_facts(epoch: EpochDone) -> dict[str, Any]:
     return {name: value for name, value in epoch.as_dict().items() if name in EPOCH_COLUMNS}
 
 
-def base_hash(folder: Path) -> str:
+def base_hash(folder: Folder) -> str:
     """Return a SHA-256 of a checkpoint's config.json and of the header of each of its safetensors files.
+
+    Of an APR file all that comes before the tensors takes the headers' place.
 
     It tells one architecture, dtype and set of tensors from another, and not two trainings of the same.
     """
     digest = sha256((folder / "config.json").read_bytes())
+    if isinstance(folder, AprFolder):
+        digest.update(folder.description())
+        return digest.hexdigest()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             size = file.read(8)
@@ -144,7 +151,9 @@ def _epoch_table(epochs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _loading(model: Model) -> str:
-    base = json.dumps(model.base_name)
+    base, convert = json.dumps(model.base_name), ""
+    if is_apr(model.base_name):
+        base, convert = '"base"', f"# first: lora convert {shlex.quote(model.base_name)} base\n"
     kind = "SequenceClassification" if model.is_classifier else "CausalLM"
     labels = f", num_labels={len(model.head.class_names)}" if model.is_classifier else ""  # pyright: ignore[reportAttributeAccessIssue]
     note = model.transformers_note()
@@ -160,7 +169,7 @@ model = lora.load("path/to/this/folder")
 from peft import PeftModel
 from transformers import AutoModelFor{kind}
 
-base = AutoModelFor{kind}.from_pretrained({base}{labels})
+{convert}base = AutoModelFor{kind}.from_pretrained({base}{labels})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """

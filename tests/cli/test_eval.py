@@ -148,7 +148,7 @@ def test_checks_come_in_order(lora, own_base, tmp_path) -> None:
     assert lora("eval", own_base, "-d", data).exit_code == 5
     write_jsonl(data, LABELLED)
     assert lora("eval", own_base, "-d", data).exit_code == 4
-    assert lora("eval", "model.apr", "-d", data).exit_code == 5
+    assert lora("eval", "./model.apr", "-d", data).exit_code == 3
     assert lora("eval", own_base, "-d", data, "--batch-size", "0").exit_code == 2
 
 

@@ -105,8 +105,9 @@ def test_an_earlier_merge_is_replaced_and_other_files_stay(lora, adapter, tmp_pa
         (["merge", "--adapter", "./no-such-folder", "-o", "out"], 3),
         (["merge", "./no-such-folder", "--adapter", "adapter", "-o", "out"], 3),
         (["merge", "--adapter", "base", "-o", "out"], 3),
-        (["merge", "--adapter", "adapter.apr", "-o", "out"], 5),
-        (["merge", "--adapter", "adapter", "-o", "merged.apr"], 5),
+        (["merge", "--adapter", "./no-such.apr", "-o", "out"], 3),
+        (["merge", "--adapter", "broken.apr", "-o", "out.apr"], 4),
+        (["merge", "broken.apr", "--adapter", "adapter", "-o", "out"], 4),
     ],
 )
 def test_what_cannot_be_merged_writes_nothing(
@@ -114,6 +115,7 @@ def test_what_cannot_be_merged_writes_nothing(
 ) -> None:
     shutil.copytree(adapter, tmp_path / "adapter")
     shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "broken.apr").write_bytes(b"APR\0")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     before = snapshot(tmp_path)

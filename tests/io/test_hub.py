@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from lora.errors import LoadError, MissingFileError, UnsupportedError
+from lora.errors import FileFormatError, LoadError, MissingFileError, UnsupportedError
 from lora.io.hub import is_path, resolve
 
 
@@ -74,8 +74,11 @@ def test_a_path_never_asks_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     hub = play(monkeypatch, Hub())
     with pytest.raises(MissingFileError, match="nowhere"):
         resolve(tmp_path / "nowhere")
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(UnsupportedError, match=r"model\.gguf is a file"):
+        resolve(tmp_path / "model.gguf")
     (tmp_path / "model.apr").touch()
-    with pytest.raises(UnsupportedError, match=r"model\.apr is a file"):
+    with pytest.raises(FileFormatError, match=r"model\.apr: truncated"):
         resolve(tmp_path / "model.apr")
     assert hub.downloads == 0
 

@@ -17,7 +17,7 @@ from lora.assets.sources.make_text import write_text
 from lora.assets.sources.make_tokenizer import BASE, VOCABULARY
 from lora.backend import Array, bfloat16, named_stream
 from lora.io.checkpoint import open_checkpoint
-from lora.io.save_checkpoint import copy_companions, save_checkpoint
+from lora.io.save_checkpoint import companions, save_checkpoint
 from lora.spec import read_spec, tensor_shapes
 
 SEED = 0
@@ -88,7 +88,8 @@ def main() -> None:
     write_text(folder / "text.jsonl")
     # float32 at first: an update of a few thousandths would be lost in a bfloat16 weight
     save_checkpoint(folder / "drawn", initial_weights(), CONFIG | {"torch_dtype": "float32"})
-    copy_companions(BASE, folder / "drawn")
+    for name, content in companions(BASE).items():
+        (folder / "drawn" / name).write_bytes(content)
     run = lora.finetune(
         folder / "drawn", folder / "text.jsonl", task="causal", output=folder / "run", **SETTINGS
     )
