@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lora.backend import Array, Kernel, bfloat16, empty, launch
+from lora.backend import Array, Kernel, empty, launch
+from lora.cuda._heads import check_heads
 from lora.cuda._instances import contiguous
-from lora.errors import ShapeError, UnsupportedError
+from lora.errors import ShapeError
 from lora.ops.attention import Grads, Saved
 
 _FORWARD, _BACKWARD = "attention.cu", "attention_backward.cu"
@@ -181,10 +182,5 @@ def _width(q: Array, k: Array, v: Array, scale: float) -> _Width:
             "expected q [N, H, E], k and v [N, G, E], G a divisor of H, and a positive scale; got q "
             f"{list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, scale {scale}"
         )
-    dtypes = {x.dtype for x in (q, k, v)}
-    if dtypes != {bfloat16} or q.shape[2] not in _WIDTHS:
-        raise UnsupportedError(
-            f"attention on a GPU: expected bfloat16 and heads of {', '.join(map(str, _WIDTHS))} dimensions; "
-            f"got {', '.join(sorted(map(str, dtypes)))} and {q.shape[2]}"
-        )
+    check_heads("attention", q, k, v)
     return _WIDTHS[q.shape[2]]

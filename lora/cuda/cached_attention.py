@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from itertools import product
 
-from lora.backend import Array, Kernel, bfloat16, empty, launch
+from lora.backend import Array, Kernel, empty, launch
+from lora.cuda._heads import WIDTHS, check_heads
 from lora.cuda._instances import contiguous
-from lora.errors import ShapeError, UnsupportedError
+from lora.errors import ShapeError
 
-_WIDTHS = (64, 128, 256)
 _HEADS = (1, 4, 8)  # query heads that a block serves at once
 _WARPS = 8
 
@@ -21,7 +21,7 @@ def _kernel(width: int, heads: int) -> Kernel:
     return Kernel("cached_attention.cu", f"cached_attention<{width}, {heads}, {_WARPS}>", 32 * _WARPS)
 
 
-KERNELS = tuple(_kernel(*each) for each in product(_WIDTHS, _HEADS))
+KERNELS = tuple(_kernel(*each) for each in product(WIDTHS, _HEADS))
 
 
 def forward(q: Array, keys: Array, values: Array, lengths: Array, *, scale: float) -> Array:
@@ -56,9 +56,4 @@ def _check(q: Array, keys: Array, values: Array, lengths: Array) -> None:
             "expected q [S, H, E], keys, values [S, C, G, E], G a divisor of H, S lengths; got q "
             f"{list(q.shape)}, keys {list(keys.shape)}, values {list(values.shape)}, {len(lengths)} lengths"
         )
-    dtypes = {x.dtype for x in (q, keys, values)}
-    if dtypes != {bfloat16} or q.shape[2] not in _WIDTHS:
-        raise UnsupportedError(
-            f"cached_attention on a GPU: expected bfloat16 and heads of {', '.join(map(str, _WIDTHS))} "
-            f"dimensions; got {', '.join(sorted(map(str, dtypes)))} and {q.shape[2]}"
-        )
+    check_heads("cached_attention", q, keys, values)
