@@ -1,0 +1,54 @@
+"""Work on all threads: everything runs once, an error comes out, and products keep to their thread."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from functools import partial
+
+import pytest
+
+from lora.backend import blas_facts, run_all, threads
+
+
+@pytest.fixture(params=[1, 2, 5])
+def count(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(threads, "thread_count", lambda: request.param)
+    threads._pool.cache_clear()
+    yield request.param
+    threads._pool.cache_clear()
+
+
+@pytest.mark.parametrize("tasks", [0, 1, 2, 100])
+def test_every_task_runs_once(count: int, tasks: int) -> None:
+    ran: Counter[int] = Counter()
+    run_all([partial(ran.update, [index]) for index in range(tasks)])
+    assert ran == Counter(range(tasks))
+
+
+def test_an_error_of_a_task_comes_out(count: int) -> None:
+    def fail() -> None:
+        raise ValueError("this one")
+
+    with pytest.raises(ValueError, match="this one"):
+        run_all([fail] * 3)
+
+
+def test_products_keep_to_their_thread_while_tasks_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    if blas_facts()["threads"] is None:
+        pytest.skip("NumPy's BLAS does not say how many threads it takes")
+    before, seen = blas_facts()["threads"], set()
+    monkeypatch.setattr(threads, "thread_count", lambda: 2)
+    run_all([lambda: seen.add(blas_facts()["threads"])] * 4)
+    assert seen == {1}
+    assert blas_facts()["threads"] == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_forked_child_has_threads_of_its_own(count: int) -> None:
+    run_all([int] * 4)
+    child = os.fork()
+    if child == 0:
+        run_all([int] * 4)
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
