@@ -51,6 +51,12 @@ def cases() -> dict[str, PtxCase]:
         "cp_async": PtxCase(
             "copy_and_wait", (rng.standard_normal(256).astype("float32"),), (_zeros(256),), shared_bytes=1024
         ),
+        "cp_async_8": PtxCase(
+            "copy_pairs_and_wait",
+            (rng.standard_normal(64).astype("float32"),),
+            (_zeros(64),),
+            shared_bytes=256,
+        ),
         "exp2": PtxCase("exponentials", (exponents,), (_zeros(1024),), blocks=32, tolerance=2.5e-7),
         "pack_bf16": PtxCase("pack_pairs", (floats,), (np.zeros(512, np.uint32),), blocks=16),
         "packs": PtxCase("copy_packs", (words,), (np.zeros(128, np.uint32), np.zeros(128, np.uint32))),

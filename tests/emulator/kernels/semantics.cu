@@ -231,3 +231,13 @@ __global__ void copy_and_wait(const float* x, float* found) {
     cp_async_wait<0>();
     for (int i = first; i < first + 4; i++) found[128 + i] = shared[128 + i];
 }
+
+// x [64], found [64]: pairs, the last of them zeros
+__global__ void copy_pairs_and_wait(const float* x, float* found) {
+    float* shared = reinterpret_cast<float*>(dyn_smem);
+    const int first = threadIdx.x * 2;
+    cp_async_8(shared_address(shared + first), x + first, threadIdx.x < 31);
+    cp_async_commit();
+    cp_async_wait<0>();
+    for (int i = first; i < first + 2; i++) found[i] = shared[i];
+}
