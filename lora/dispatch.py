@@ -22,6 +22,7 @@ import lora.host.rope
 import lora.host.sigmoid_gate
 import lora.host.softmax_xent
 import lora.host.swiglu
+from lora.backend import bfloat16
 from lora.backend.device import current_gpu
 from lora.errors import DeviceError, UnsupportedError
 from lora.ops import (
@@ -152,6 +153,18 @@ def require(device: str, operations: Iterable[str]) -> None:
     absent = sorted(name for name in operations if isinstance(getattr(table, name), Unbuilt))
     if absent:
         raise UnsupportedError(_unbuilt(absent))
+
+
+def require_dtype(device: str, dtype: Any) -> None:
+    """Check, before anything is loaded, that the operations of `device` compute in `dtype`.
+
+    Raises:
+        UnsupportedError: they do not: attention runs on a GPU's tensor cores, which read bfloat16.
+    """
+    if device == "cuda" and dtype != bfloat16:
+        raise UnsupportedError(
+            f"device 'cuda' computes in bfloat16: expected dtype='bfloat16' (--dtype bfloat16), found {dtype}"
+        )
 
 
 def choices(device: str) -> tuple[Choice, ...]:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from lora.backend.arrays import Array
 from lora.backend.cubin_cache import cached_cubin
 from lora.errors import DeviceError
 
@@ -77,6 +80,15 @@ def _gpu(device: int) -> Gpu:
         properties["sharedMemPerBlockOptin"],
         properties["totalGlobalMem"],
     )
+
+
+def on_device(array: np.ndarray, device: str) -> Array:
+    """Return the host's `array` where the operations of `device`, "cpu" or "cuda", read it.
+
+    Raises:
+        DeviceError: there is no GPU.
+    """
+    return array if device == "cpu" else cupy_module().asarray(array)
 
 
 class DeviceEngine:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora.backend import Array, Kernel, empty, launch
-from lora.cuda._instances import CPP_TYPES, PACK_BYTES, contiguous, cpp_type
+from lora.cuda._instances import CPP_TYPES, PACK_BYTES, contiguous, cpp_type, geometry
 from lora.errors import DataError
 from lora.ops.embedding import Grads, Saved
 
@@ -35,19 +35,19 @@ KERNELS = (
 def forward(ids: Array, table: Array, *, dtype: Any) -> tuple[Array, Saved]:
     """Return rows `ids` [N] of `table` [V, D] as x [N, D] in `dtype`; all three bfloat16 or float32.
 
-    The range of the ids is read back from the device.
+    Ids that lie on the host are checked there; of others, the range is read back from the device.
 
     Raises:
         DataError: an id is outside [0, V).
         UnsupportedError: there is no kernel for the dtypes.
     """
-    (rows, width), ids, table = table.shape, contiguous(ids, "int64"), contiguous(table)
-    low, high = int(ids.min()), int(ids.max())
+    (rows, width), low, high = table.shape, int(ids.min()), int(ids.max())
     if not 0 <= low <= high < rows:
         raise DataError(
             f"token ids must lie in [0, {rows}), the rows of the embedding table; found {low} to {high}: "
             "does the tokenizer belong to this model?"
         )
+    ids, table = geometry(ids, table), contiguous(table)
     x = empty((len(ids), width), np.dtype(dtype), like=table)
     kernel = _forward(cpp_type("embedding", x), cpp_type("embedding", table))
     packs = -(-width // (PACK_BYTES // x.dtype.itemsize))

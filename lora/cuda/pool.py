@@ -6,7 +6,7 @@ Contract: contracts/ops/pool.yaml. Source: kernels/pool.cu; the reference is lor
 from __future__ import annotations
 
 from lora.backend import Array, Kernel, empty, launch
-from lora.cuda._instances import CPP_TYPES, contiguous, cpp_type
+from lora.cuda._instances import CPP_TYPES, contiguous, cpp_type, geometry
 from lora.errors import ShapeError, UsageError
 from lora.ops.pool import Grads, Kind, Saved
 
@@ -25,7 +25,7 @@ KERNELS = tuple(
 def forward(x: Array, cu_seqlens: Array, *, kind: Kind) -> tuple[Array, Saved]:
     """Return pooled [S, D] in x's dtype, for `x` [N, D] and its sequences' boundaries `cu_seqlens` [S+1].
 
-    Whether every sequence has a token is read back from the device.
+    Boundaries that lie on the host are checked there; others are read back from the device.
 
     Raises:
         UsageError: `kind` is neither "mean" nor "last".
@@ -39,11 +39,11 @@ def forward(x: Array, cu_seqlens: Array, *, kind: Kind) -> tuple[Array, Saved]:
         raise ShapeError(
             f"every sequence must have a token to pool; sequence {int(lengths.argmin())} has none"
         )
-    x, cu_seqlens = contiguous(x), contiguous(cu_seqlens, "int64")
+    x = contiguous(x)
     (_, width), sequences = x.shape, len(cu_seqlens) - 1
     pooled = empty((sequences, width), x.dtype, like=x)
     kernel = _kernel("forward", cpp_type("pool", x))
-    launch(kernel, _grid(pooled), x, cu_seqlens, pooled, kind == "mean", width)
+    launch(kernel, _grid(pooled), x, geometry(cu_seqlens, x), pooled, kind == "mean", width)
     return pooled, Saved(cu_seqlens, kind, x.dtype)
 
 
@@ -53,7 +53,8 @@ def backward(saved: Saved, dpooled: Array) -> Grads:
     dpooled = contiguous(dpooled, dtype)
     dx = empty((int(cu_seqlens[-1]), dpooled.shape[1]), dtype, like=dpooled)
     kernel = _kernel("backward", cpp_type("pool", dx))
-    launch(kernel, _grid(dpooled), dpooled, cu_seqlens, dx, kind == "mean", dx.shape[1])
+    boundaries = geometry(cu_seqlens, dpooled)
+    launch(kernel, _grid(dpooled), dpooled, boundaries, dx, kind == "mean", dx.shape[1])
     return Grads(dx)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lora.backend import Array, named_stream
+from lora.backend import Array, beside, named_stream
 from lora.errors import AdapterError, UnsupportedError
 from lora.io.lora_config import LoraConfig
 from lora.io.peft import check_tensors, in_layout
@@ -30,7 +30,9 @@ def new_adapter(parameters: Parameters, spec: ModelSpec, config: LoraConfig, see
     for module, target in match_targets(config, modules, layout=parameters.layout).items():
         outputs, inputs = modules[module]
         a = _initial(config, named_stream(seed, "lora_A", module), (target.r, inputs))
-        factors[module] = Factors(a, np.zeros((outputs, target.r), np.float32), target.scale)
+        b = np.zeros((outputs, target.r), np.float32)
+        weight = parameters.weights[f"{module}.weight"]
+        factors[module] = Factors(beside(a, weight), beside(b, weight), target.scale)
     zero_rows = {
         name: _key_rows(spec)
         for name in factors
@@ -51,7 +53,7 @@ def adapter_from_tensors(
     expected = adapter.tensors(parameters.layout)
     check_tensors(tensors, {name: array.shape for name, array in expected.items()})
     for name, array in expected.items():
-        np.copyto(array, tensors[name])
+        array[...] = beside(tensors[name], array)
     return adapter
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lora.backend import Array, accumulation_dtype
+from lora.backend import Array, accumulation_dtype, beside
 from lora.data.packed import Packed
 from lora.dispatch import Ops
 from lora.model import block
@@ -57,7 +57,7 @@ def forward(
             blocks.append(saved)
         del saved  # a block that is not recorded frees its memory before the next one runs
     if cache is not None:
-        cache.advance(batch.cu_seqlens)
+        cache.advance()
     (hidden, _), final_norm = ops.rmsnorm.forward(
         delta, parameters[FINAL_NORM], stream, eps=spec.rms_norm_eps, zero_centred=spec.zero_centred_norm
     )
@@ -106,7 +106,10 @@ def context_of(
     positions = batch.positions
     if cache is not None:
         positions = positions + np.repeat(cache.lengths, batch.lengths)
+        cache.expect(batch.cu_seqlens, parameters[EMBEDDING])
+    # what every block reads is brought beside the weights once
+    positions, cu_seqlens = (beside(array, parameters[EMBEDDING]) for array in (positions, batch.cu_seqlens))
     cos, sin = ops.rope.angles(
         positions, theta=spec.rope_theta, rotary_dim=spec.rotary_dim, dtype=accumulation_dtype(dtype)
     )
-    return Context(ops, parameters, spec, batch.cu_seqlens, cos, sin, cache)
+    return Context(ops, parameters, spec, cu_seqlens, cos, sin, cache)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lora.backend import Array, to_host
+from lora.backend import Array, beside, to_host
 from lora.data.packed import Packed, pack
 from lora.dispatch import Ops
 from lora.model import decoder
@@ -69,5 +69,5 @@ def steps(
 
 def _last_logits(ops: Ops, parameters: Parameters, hidden: Array, batch: Packed) -> Array:
     """Return the logits of what follows each sequence, [S, V]."""
-    last = hidden[batch.cu_seqlens[1:] - 1]
+    last = hidden[beside(batch.cu_seqlens[1:] - 1, hidden)]
     return CausalHead.logits(ops, parameters, last, batch)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lora.backend import Array, compute_dtype, named_stream
-from lora.dispatch import Ops, implementations, require
+from lora.backend.device import on_device
+from lora.dispatch import Ops, implementations, require, require_dtype
 from lora.errors import AdapterError, ContractError, UnsupportedError, UsageError
 from lora.io.apr_folder import Folder
 from lora.io.checkpoint import Checkpoint, load_weights, open_checkpoint
@@ -36,6 +37,7 @@ class Base:
     device: str
     ops: Ops
     dtype: np.dtype[Any]  # of the arithmetic
+    _weights: dict[str, Array] = field(default_factory=dict)  # on the device, by name
 
     def model(
         self,
@@ -51,11 +53,21 @@ class Base:
         names = _class_names(num_labels, class_names)
         classifies = names is not None or SCORE in checkpoint.tensors
         require(self.device, operations(checkpoint.spec, classifies=classifies))
+        require_dtype(self.device, self.dtype)
         parameters = Parameters(_weights(checkpoint, classifies=classifies), layout=checkpoint.layout)
         head: Head = CausalHead()
         if classifies:
             head = _classifier(checkpoint, parameters, names, pooling, head_bias, seed)
+        parameters.weights = {name: self._placed(name, array) for name, array in parameters.weights.items()}
         return Model(checkpoint.spec, parameters, head, self.ops, self.dtype, checkpoint, self.name)
+
+    def _placed(self, name: str, array: Array) -> Array:
+        """Return a weight where operations read it; one of the checkpoint is moved once for all models."""
+        if array is not self.checkpoint.tensors.get(name):
+            return on_device(array, self.device)
+        if name not in self._weights:
+            self._weights[name] = on_device(array, self.device)
+        return self._weights[name]
 
 
 def open_base(path: str | Path, device: str = "cpu", dtype: str = "float32") -> Base:
@@ -82,7 +94,8 @@ def load(
     Args:
         path: a checkpoint's folder, an adapter's folder in PEFT's format, an APR file of either, or a hub id.
         device: "cpu", or "cuda" for models whose every operation has a kernel.
-        dtype: precision of the arithmetic: "float32", "float64" or "bfloat16"; weights stay as stored.
+        dtype: precision of the arithmetic: "float32", "float64" or "bfloat16", on a GPU the last alone;
+            weights stay as stored.
         num_labels: gives the model a classifier's head of so many outputs, new unless the checkpoint has one.
         pooling: "mean" or "last"; None for mean under a new head, and for its own under a stored one.
         head_bias: whether a new head has a bias; None for yes.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from lora.backend import Array, matmul, wide
+from lora.backend import Array, array_module, matmul, wide
 from lora.model.parameters import Adapter, Parameters
 from lora.ops.lowrank_linear import Factors
 
@@ -57,7 +55,7 @@ def unmerge(parameters: Parameters, originals: Originals) -> None:
 
 def merged_weight(weight: Array, factors: Factors) -> Array:
     """Return W + scale · B A, [O, I] in the dtype of W, summed in float32 (or wider) and rounded once."""
-    out = np.empty(weight.shape, weight.dtype)
+    out = array_module(weight).empty(weight.shape, weight.dtype)
     for start in range(0, weight.shape[0], ROWS):
         rows = slice(start, start + ROWS)
         out[rows] = (wide(weight[rows]) + factors.scale * matmul(factors.b[rows], factors.a)).astype(

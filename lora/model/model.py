@@ -302,7 +302,7 @@ class Model:
         before = self.packed_logits(batch)
         self._originals = merging.merge(self.parameters, adapter)
         self.parameters.merged = self.parameters.active
-        difference = float(np.abs(wide(self.packed_logits(batch)) - before).max())
+        difference = float(abs(wide(self.packed_logits(batch)) - before).max())
         return MergeReport(
             str(self.parameters.merged), len(adapter.factors), len(adapter.replaced), difference
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lora.backend import Array
+from lora.backend import Array, array_module
 from lora.errors import AdapterError
 from lora.io.lora_config import LoraConfig
 from lora.io.peft import peft_name
@@ -151,7 +151,7 @@ def peft_tensor_name(name: str, layout: str) -> str:
 
 def master_copy(array: Array) -> Array:
     """Return a writable copy in float32, in which weights are trained whatever dtype they are stored in."""
-    return np.array(array, dtype=np.float32)
+    return array_module(array).array(array, dtype=np.float32)
 
 
 def by_name(tensors: Mapping[str, Array]) -> dict[str, Array]:

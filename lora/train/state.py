@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora.backend import Array, to_host
+from lora.backend import Array, beside, to_host
 from lora.errors import FileFormatError
 from lora.io.atomic import write_atomically
 from lora.io.safetensors_file import read_tensors, write_tensors
@@ -79,7 +79,7 @@ def restore(state: State, optimizer: AdamW) -> None:
     if wrong:
         raise FileFormatError(f"{state.path}: the state of another model: {', '.join(wrong[:20])} do not fit")
     for name, array in live.items():
-        array[...] = state.arrays[name]
+        array[...] = beside(state.arrays[name], array)
     optimizer.steps = state.facts["optimizer_steps"]
 
 
