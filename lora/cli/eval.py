@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora.cli.options import base_option, dtype_option, given, length_option, output_options
-from lora.cli.output import note, note_truncated, print_facts, print_json, print_table
+from lora.cli.output import note, note_truncated, one_line, print_facts, print_json, print_table
 from lora.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lora.train.evaluate import CausalMetrics
     from lora.train.exact_match import ExactMatch
     from lora.train.probability_scores import Interval
+
+CLASS_WIDTH = 40  # of a class's name in a table
 
 
 @click.command("eval", short_help="Score a model or an adapter on a data file.")
@@ -117,11 +119,17 @@ def print_classification(scores: ClassificationMetrics) -> None:
     print_table(
         ("Class", "Precision", "Recall", "F1", "Support"),
         [
-            (s.name, f"{s.precision:.4f}", f"{s.recall:.4f}", f"{s.f1:.4f}", f"{s.support}")
+            (
+                one_line(s.name, CLASS_WIDTH),
+                f"{s.precision:.4f}",
+                f"{s.recall:.4f}",
+                f"{s.f1:.4f}",
+                f"{s.support}",
+            )
             for s in scores.per_class
         ],
     )
-    names = [s.name for s in scores.per_class]
+    names = [one_line(s.name, CLASS_WIDTH) for s in scores.per_class]
     rows = zip(names, scores.confusion_matrix, strict=True)
     print_table(
         ("Label \\ predicted", *names),
@@ -141,13 +149,15 @@ def print_classification(scores: ClassificationMetrics) -> None:
             "Brier score": f"{scores.brier_score:.4f} (sum over classes, 0 to 2)",
             "Calibration error": f"{scores.expected_calibration_error:.4f} (10 bins)",
             "Majority baseline": (
-                f"accuracy {majority.accuracy:.4f}, macro-F1 {majority.macro_f1:.4f} (always {majority.name})"
+                f"accuracy {majority.accuracy:.4f}, macro-F1 {majority.macro_f1:.4f} "
+                f"(always {one_line(majority.name, CLASS_WIDTH)})"
             ),
             "Random baseline": (
                 f"accuracy {chance.accuracy:.4f}, macro-F1 {chance.macro_f1:.4f} (by class frequency)"
             ),
             "Confused most": ", ".join(
-                f"{c.label} as {c.predicted} ({c.count})" for c in scores.top_confusions
+                f"{one_line(c.label, CLASS_WIDTH)} as {one_line(c.predicted, CLASS_WIDTH)} ({c.count})"
+                for c in scores.top_confusions
             )
             or None,
         }

@@ -54,6 +54,17 @@ def test_text_shows_each_class_and_the_baseline(lora, adapter, rows) -> None:
     assert "accuracy 0.5000, macro-F1 0.3333 (always bad)" in outcome.out
 
 
+def test_a_long_class_name_leaves_room_for_its_scores(lora, base, tmp_path) -> None:
+    labels = ("a" * 200, "two\nlines")
+    rows = [{"input": f"text {i}", "label": labels[i % 2]} for i in range(8)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    run = finetune(base, data, output=tmp_path / "run", epochs=1, rank=1)
+    table = lora("eval", run.best, "--data", data).out.split("Confusion")[0].splitlines()
+    assert [line.split()[-1] for line in table[2:4]] == ["4", "4"]
+    assert "a..." in table[2]
+    assert "two\\nlines" in table[3]
+
+
 def test_a_file_of_one_class_is_scored_by_the_names_of_the_adapter(lora, adapter, tmp_path) -> None:
     only_good = [row for row in LABELLED if row["label"] == "good"]
     data = write_jsonl(tmp_path / "good.jsonl", only_good)
