@@ -7,6 +7,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -72,7 +73,9 @@ class Failures:
         if self.debug:
             traceback.print_exception(error)
         click.echo(f"error: {message}", err=True)
-        if self.as_json:
+        if not self.as_json:
+            return
+        with suppress(OSError):  # stdout may be what failed; stderr has said it
             print_json({"status": "error", "exit_code": exit_code, "error": message})
 
     def _report_bug(
