@@ -11,6 +11,7 @@ import click
 
 from lora.cli.options import output_options
 from lora.cli.output import one_line, print_facts, print_json, print_table
+from lora.errors import ValidationError
 from lora.train.config import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from lora.train.run import Run
 
 OUTPUT = "lora-demo"
-SUMMARY = "demo.json"
+LORA, SUMMARY = "lora", "demo.json"
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"epochs": 3, "learning_rate": 1e-3, "targets": "all-linear"},
     # twice the epochs at twenty times the rate: trained to the end, so that the comparison is fair
@@ -47,6 +48,8 @@ def demo(output: str, quiet: bool, as_json: bool) -> None:
     """
     from lora.cli.progress import progress
 
+    if (Path(output) / LORA).exists():
+        raise ValidationError(f"{output} holds an earlier demo; name another folder with -o, or remove it")
     with progress(quiet=quiet) as callback:
         shown = run_demo(Path(output), callback)
     if as_json:
@@ -98,7 +101,7 @@ def run_demo(output: Path, callback: Callback) -> Demo:
         model = load(run.best)
         return run, evaluate_classifier(model, read_examples_for(model, test, MAX_SEQ_LEN))
 
-    run, scores = trained("lora", "lora")
+    run, scores = trained("lora", LORA)
     head_run, head_scores = trained("head", "head-only")
     merged = merge_folders(None, run.best, output / "merged")
     predictions, _ = predict_texts(load(merged.output), Texts(LINES, None), MAX_SEQ_LEN)

@@ -49,4 +49,4 @@ def test_it_is_the_same_twice_and_overwrites_nothing(lora, tmp_path) -> None:
     assert json.loads((tmp_path / "a" / "demo.json").read_text()) == first.document
     again = lora("demo", "-o", tmp_path / "a", "-q", "--json")
     assert again.exit_code == 5
-    assert "holds another run" in again.document["error"]
+    assert "holds an earlier demo; name another folder with -o" in again.document["error"]
