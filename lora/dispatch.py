@@ -169,15 +169,20 @@ def require_dtype(device: str, dtype: Any) -> None:
 
 def choices(device: str) -> tuple[Choice, ...]:
     """Return what runs each operation on `device`, with the reason; also where that device is not there."""
-    return tuple(_choice(device, name, module) for name, module in _table(device)._asdict().items())
+    return chosen(_table(device))
 
 
-def _choice(device: str, name: str, module: Any) -> Choice:
+def chosen(ops: Ops) -> tuple[Choice, ...]:
+    """Return what runs each operation in `ops`, with the reason."""
+    return tuple(_choice(name, module) for name, module in ops._asdict().items())
+
+
+def _choice(name: str, module: Any) -> Choice:
     if isinstance(module, Unbuilt):
         return Choice(name, "none", "no CUDA kernel in this version; runs on the CPU alone")
-    if device == "cpu":
-        if module is getattr(REFERENCE, name):
-            return Choice(name, "reference", "NumPy, as it is defined")
+    if module is getattr(REFERENCE, name):
+        return Choice(name, "reference", "NumPy, as it is defined")
+    if module is getattr(HOST, name):
         return Choice(name, "host", "NumPy in blocks that stay in the caches, on all threads")
     files = sorted({f"kernels/{kernel.file}" for kernel in module.KERNELS})
     return Choice(name, "cuda", f"compiled from {' and '.join(files)}")

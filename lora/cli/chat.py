@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora.cli.generate import continue_texts
-from lora.cli.options import base_option, debug_option, dtype_option, sampling_options
+from lora.cli.options import base_option, debug_option, device_option, dtype_option, sampling_options
 from lora.cli.texts import Texts
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", type=click.IntRange(1), default=512, help="Where an answer is cut.")
 @sampling_options
 @base_option
+@device_option
 @dtype_option
 @debug_option
 def chat(
@@ -35,6 +36,7 @@ def chat(
     top_k: int,
     seed: int,
     base: str | None,
+    device: str,
     dtype: str,
 ) -> None:
     """Answer each line that you write, in the checkpoint's chat template, or in ChatML where it has none.
@@ -48,7 +50,7 @@ def chat(
 
     require_path(model)
     sampling = Sampling(temperature, top_p, top_k, seed)
-    loaded = load(model, base=base, dtype=dtype)
+    loaded = load(model, device, dtype, base=base)
     template = ChatTemplate.load(loaded.checkpoint.folder)
     try:
         _talk(loaded, template, system, max_new_tokens, sampling)

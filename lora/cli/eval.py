@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora.cli.options import base_option, dtype_option, given, length_option, output_options
+from lora.cli.options import base_option, device_option, dtype_option, given, length_option, output_options
 from lora.cli.output import note, note_truncated, one_line, print_facts, print_json, print_table
 from lora.errors import DataError, UsageError
 
@@ -38,6 +38,7 @@ CLASS_WIDTH = 40  # of a class's name in a table
 )
 @click.option("--generate-card", is_flag=True, help="Write README.md, a model card, beside the adapter.")
 @base_option
+@device_option
 @dtype_option
 @output_options
 def evaluate(
@@ -49,6 +50,7 @@ def evaluate(
     max_new_tokens: int,
     generate_card: bool,
     base: str | None,
+    device: str,
     dtype: str,
     as_json: bool,
 ) -> None:
@@ -77,7 +79,7 @@ def evaluate(
     rows = read_jsonl(data)  # before a weight is read; which labels they may have, only the model says
     if exact_match and detect_task(Path(data)) != "instruct":
         raise UsageError(f"--exact-match needs instructions, or prompts and completions; {data} has none")
-    loaded = load(model, base=base, dtype=dtype)
+    loaded = load(model, device, dtype, base=base)
     _check_fields(rows[0], loaded.is_classifier, model)
     read = read_data_for(loaded, Path(data))
     examples = examples_for(loaded, read, max_seq_len)

@@ -118,7 +118,7 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str) -> str | tu
     default="the base's own",
     help="Whose names the adapter's tensors get: the text model's, or those inside a multimodal checkpoint.",
 )
-@setting("--device", metavar="[cpu]", help="Where to train; a --plan also knows cuda.")
+@setting("--device", metavar="[cpu|cuda]", help="Where to train; cuda needs --dtype bfloat16.")
 @setting("--dtype", metavar="[float32|float64|bfloat16]", help="Precision of the arithmetic.")
 @setting(
     "--tensorboard/--no-tensorboard",

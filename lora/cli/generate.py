@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora.cli.options import base_option, dtype_option, output_options, sampling_options
+from lora.cli.options import base_option, device_option, dtype_option, output_options, sampling_options
 from lora.cli.output import one_line, print_json
 from lora.cli.texts import Texts, check_one_source, read_texts
 from lora.errors import UsageError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @sampling_options
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given again.")
 @base_option
+@device_option
 @dtype_option
 @output_options
 def generate(
@@ -41,6 +42,7 @@ def generate(
     seed: int,
     stop: tuple[str, ...],
     base: str | None,
+    device: str,
     dtype: str,
     as_json: bool,
 ) -> None:
@@ -59,7 +61,7 @@ def generate(
     require_path(model)
     sampling = Sampling(temperature, top_p, top_k, seed)
     read = read_texts(prompts, data, field="prompt")
-    loaded = load(model, base=base, dtype=dtype)
+    loaded = load(model, device, dtype, base=base)
     writes = not as_json and len(read.texts) == 1
     continuations = continue_texts(loaded, read, max_new_tokens, sampling, stop, writes=writes)
     if as_json:

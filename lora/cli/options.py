@@ -20,6 +20,12 @@ length_option = click.option(
 debug_option = click.option(
     "--debug", is_flag=True, expose_value=False, help="Show a traceback with an error."
 )
+device_option = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    help="Where to compute; cuda needs --dtype bfloat16.",
+)
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["float32", "float64", "bfloat16"]),

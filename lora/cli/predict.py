@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora.cli.options import base_option, dtype_option, length_option, output_options
+from lora.cli.options import base_option, device_option, dtype_option, length_option, output_options
 from lora.cli.output import note_truncated, one_line, print_json
 from lora.cli.texts import Texts, check_one_source, read_texts
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 )
 @length_option
 @base_option
+@device_option
 @dtype_option
 @output_options
 def predict(
@@ -34,6 +35,7 @@ def predict(
     data: str | None,
     max_seq_len: int,
     base: str | None,
+    device: str,
     dtype: str,
     as_json: bool,
 ) -> None:
@@ -48,7 +50,7 @@ def predict(
 
     require_path(model)
     read = read_texts(texts, data, field="input")
-    loaded = load(model, base=base, dtype=dtype)
+    loaded = load(model, device, dtype, base=base)
     names = classifier_head(loaded).class_names
     predictions, truncated = predict_texts(loaded, read, max_seq_len)
     note_truncated(truncated, max_seq_len)

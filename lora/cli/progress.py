@@ -144,5 +144,14 @@ def _facts(event: Started) -> dict[str, Any]:
         "Rows": f"{event.train_rows:,} to train on{repeats}, {event.validation_rows:,} to validate",
         "Method": f"{event.method}, {event.trainable_parameters:,} trainable parameters",
         "Steps": f"{event.total_steps:,}{done}",
+        "Operations": _operations(event),
         "Output": event.output,
     }
+
+
+def _operations(event: Started) -> str:
+    """Return the names of the operations by what runs them."""
+    by_implementation: dict[str, list[str]] = {}
+    for choice in event.operations:
+        by_implementation.setdefault(choice.implementation, []).append(choice.operation)
+    return "; ".join(f"{name} runs {', '.join(names)}" for name, names in sorted(by_implementation.items()))

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lora.dispatch import Choice
+
 
 @dataclass(frozen=True)
 class Started:
@@ -26,6 +28,7 @@ class Started:
     micro_batch_tokens: int
     note: str | None  # what another program would read otherwise
     output: Path
+    operations: tuple[Choice, ...]  # of this training: what runs each of them, and why
 
 
 @dataclass(frozen=True)

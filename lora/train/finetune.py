@@ -17,7 +17,7 @@ from lora.data.chat_template import ChatTemplate
 from lora.data.classify import ClassifyData
 from lora.data.split import stratified_split
 from lora.data.tokenizer import Tokenizer
-from lora.dispatch import choices
+from lora.dispatch import Choice, chosen
 from lora.errors import LoraWarning, MissingFileError, UsageError
 from lora.estimate import Plan, plan
 from lora.io.apr_folder import Folder
@@ -25,6 +25,7 @@ from lora.io.checkpoint import read_config
 from lora.io.hub import require_path, resolve
 from lora.model.loading import Base, base_name, open_base
 from lora.model.model import Model
+from lora.model.operations import operations
 from lora.spec import ModelSpec, check_named_size, read_spec
 from lora.train.callbacks import Callback, Started
 from lora.train.class_weights import class_weights
@@ -274,10 +275,11 @@ def _train(model: Model, checked: Checked, callbacks: list[Callback]) -> Run:
         folder.progress,
     )
     started = _started(loop, prepared, output, repeated_rows=len(train_rows) - once)
+    ran = {"operations": [choice._asdict() for choice in started.operations]}
     with closing(folder):
         # the state before the record: where a record is, there is a state to go on from
         folder.checkpoint()
-        write_run_file(output, _run_facts(config, prepared, facts) | {"parts": folder.parts})
+        write_run_file(output, _run_facts(config, prepared, facts) | ran | {"parts": folder.parts})
         write_recipe(output / RECIPE_FILE, prepared.base, prepared.data_path, output, config)
         for callback in callbacks:
             callback.started(started)
@@ -337,7 +339,14 @@ def _started(loop: Loop, prepared: Prepared, output: Path, *, repeated_rows: int
         micro_batch_tokens=loop.micro_tokens,
         note=loop.model.transformers_note(),
         output=output,
+        operations=_operations(loop.model),
     )
+
+
+def _operations(model: Model) -> tuple[Choice, ...]:
+    """Return what runs each operation of a training of `model`."""
+    used = operations(model.spec, classifies=model.is_classifier) | {"adamw"}
+    return tuple(choice for choice in chosen(model.ops) if choice.operation in used)
 
 
 def _run_facts(config: FinetuneConfig, prepared: Prepared, facts: dict[str, Any]) -> dict[str, Any]:
@@ -347,7 +356,6 @@ def _run_facts(config: FinetuneConfig, prepared: Prepared, facts: dict[str, Any]
         "lora_version": __version__,
         "numpy_version": np.__version__,
         "blas": blas_facts(),
-        "operations": [choice._asdict() for choice in choices(config.device)],
         "settings": asdict(config),
         "class_names": prepared.class_names,
         "rows": len(prepared.examples),
