@@ -120,7 +120,8 @@ class _Loader(yaml.SafeLoader):
 
 def _said(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"{error.problem}, line {error.problem_mark.line + 1}"
+        problem = str(error.problem).removeprefix("but found ")  # PyYAML's half of a sentence
+        return f"{problem}, line {error.problem_mark.line + 1}"
     return " ".join(str(error).split())
 
 

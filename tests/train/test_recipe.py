@@ -139,7 +139,7 @@ LAUGHS = "a: &a [x, x]\n" + "".join(
         ("- a\n", "no mapping"),
         ("{}", "no mapping"),
         ("rank: [", "line 1"),
-        ("rank: 8\n---\nrank: 9\n", "another document"),
+        ("rank: 8\n---\nrank: 9\n", "YAML, found another document, line 2"),
         ("rank: *x\n", "alias"),
         (LAUGHS, "an alias, line 2"),
         ("rank: {a: 1}\n", "a value of another kind"),
