@@ -61,6 +61,19 @@ def test_a_run_is_repeated_by_its_own_recipe(lora, base, rows, tmp_path) -> None
     assert first == again
 
 
+def test_a_recipe_is_not_overwritten_by_that_of_its_run(lora, base, rows, tmp_path) -> None:
+    recipe = write(tmp_path / "recipe.yaml", model=str(base), data=str(rows), output=str(tmp_path), epochs=1)
+    before = recipe.read_bytes()
+    outcome = lora("finetune", "--recipe", recipe, "-q")
+    assert outcome.exit_code == 2
+    assert "name another output" in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+    assert recipe.read_bytes() == before
+    # a run goes on by its own
+    assert lora("finetune", "--recipe", recipe, "-o", tmp_path / "run", "-q").exit_code == 0
+    assert lora("finetune", "--recipe", tmp_path / "run" / "recipe.yaml", "-q", "--resume").exit_code == 0
+
+
 def test_a_plan_reads_the_recipe_too(lora, tmp_path) -> None:
     recipe = write(tmp_path / "r.yaml", model_size="0.5B", task="classify", rank=4)
     document = lora("finetune", "--plan", "--recipe", recipe, "--json").document
