@@ -252,6 +252,8 @@ def check_rotation(system: Any, case: Case) -> None:
 
 def check_interrupt(system: Any, case: Case) -> None:
     move, moves = AdamW.step, []
+    # before anything is planted: it may be the first to train
+    steps = sum(row["kind"] == "step" for row in uninterrupted("lora")["metrics"])
 
     def interrupted(self: AdamW, *args: Any, **settings: Any) -> float:
         norm = move(self, *args, **settings)
@@ -263,7 +265,6 @@ def check_interrupt(system: Any, case: Case) -> None:
     with TemporaryDirectory() as folder, planted_in(system), pytest.MonkeyPatch.context() as patch:
         output = Path(folder)
         patch.setattr(AdamW, "step", interrupted)
-        steps = sum(row["kind"] == "step" for row in uninterrupted("lora")["metrics"])
         with pytest.raises(KeyboardInterrupt) if case.step <= steps else nullcontext():
             train(output, "lora")
         assert len(moves) == min(case.step, steps)
