@@ -52,8 +52,8 @@ def gemm(out: np.ndarray, a: np.ndarray, b: np.ndarray, *, scale: float, accumul
         they lie.
     """
     blas, kind = _openblas(), _C_TYPES.get(out.dtype)
-    places = [_place(array) for array in (out, a, b)]
-    if blas is None or kind is None or a.dtype != out.dtype or b.dtype != out.dtype or None in places:
+    places = [place for array in (out, a, b) if (place := _place(array)) is not None]
+    if blas is None or kind is None or a.dtype != out.dtype or b.dtype != out.dtype or len(places) < 3:
         return False
     (c_order, c_lead), (a_order, a_lead), (b_order, b_lead) = places
     if c_order != _PLAIN or out.size == 0 or a.shape[1] == 0:

@@ -37,7 +37,7 @@ def allocate(shape: tuple[int, ...], dtype: Any, like: Array = None) -> Array:
         return module.empty(shape, dtype)
     chunk = _take(size)
     # over a memoryview, views of `owner` refer to it and not to the chunk: when it dies, none of them is left
-    owner = np.frombuffer(memoryview(chunk), np.uint8, size, offset=-chunk.ctypes.data % ALIGNMENT)
+    owner = np.frombuffer(chunk.data, np.uint8, size, offset=-chunk.ctypes.data % ALIGNMENT)
     weakref.finalize(owner, _free.append, chunk).atexit = False
     return owner.view(dtype).reshape(shape)
 
