@@ -37,6 +37,7 @@ from lora.ops import (
     pool,
     rmsnorm,
     rope,
+    sigmoid_bce,
     sigmoid_gate,
     softmax_xent,
     swiglu,
@@ -57,6 +58,7 @@ class Ops(NamedTuple):
     pool: Any
     rmsnorm: Any
     rope: Any
+    sigmoid_bce: Any
     sigmoid_gate: Any
     softmax_xent: Any
     swiglu: Any
@@ -94,6 +96,7 @@ REFERENCE = Ops(
     pool=pool,
     rmsnorm=rmsnorm,
     rope=rope,
+    sigmoid_bce=sigmoid_bce,
     sigmoid_gate=sigmoid_gate,
     softmax_xent=softmax_xent,
     swiglu=swiglu,
@@ -122,6 +125,7 @@ CUDA = Ops(
     pool=lora.cuda.pool,
     rmsnorm=lora.cuda.rmsnorm,
     rope=lora.cuda.rope,
+    sigmoid_bce=Unbuilt("sigmoid_bce"),
     sigmoid_gate=Unbuilt("sigmoid_gate"),
     softmax_xent=lora.cuda.softmax_xent,
     swiglu=lora.cuda.swiglu,

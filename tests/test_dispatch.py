@@ -101,6 +101,17 @@ def test_a_model_uses_exactly_the_operations_that_it_is_said_to_need(
     assert seen == operations(model.spec, classifies=classifies)
 
 
+def test_a_classifier_of_several_labels_uses_exactly_the_operations_that_it_is_said_to_need(
+    tmp_path: Any,
+) -> None:
+    write_model(tmp_path, FAMILIES["qwen2"])
+    model = lora.load(tmp_path, num_labels=3, problem_type="multi_label_classification")
+    seen: set[str] = set()
+    model.ops = dispatch.Ops(*(Used(module, stem, seen) for stem, module in REFERENCE._asdict().items()))
+    model.loss_and_gradients(np.arange(1, 13).reshape(2, 6), np.array([[0, 1, 1], [0, 0, 0]]))
+    assert seen == operations(model.spec, classifies=True, multi_label=True)
+
+
 def test_a_model_with_an_operation_that_has_no_kernel_is_refused_before_its_weights_are_read(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

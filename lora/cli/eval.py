@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,11 @@ from lora.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from lora.data.rows import Row
-    from lora.train.classification_metrics import ClassificationMetrics
+    from lora.model.model import Model
+    from lora.train.classification_metrics import ClassificationMetrics, ClassScore
     from lora.train.evaluate import CausalMetrics
     from lora.train.exact_match import ExactMatch
+    from lora.train.multi_label_metrics import MultiLabelMetrics
     from lora.train.probability_scores import Interval
 
 CLASS_WIDTH = 40  # of a class's name in a table
@@ -28,7 +31,7 @@ CLASS_WIDTH = 40  # of a class's name in a table
     "-d",
     required=True,
     metavar="FILE",
-    help='JSON Lines: {"input", "label"}, {"text"}, {"messages"} ...',
+    help='JSON Lines: {"input", "label"} or "labels", {"text"}, {"messages"} ...',
 )
 @length_option
 @click.option("--batch-size", type=click.IntRange(1), default=32, help="Rows that are run together.")
@@ -58,7 +61,8 @@ def evaluate(
 
     A classifier's scores: accuracy, precision, recall and F1 of each class, the confusion matrix, the
     calibration error, log loss and Brier score, Cohen's kappa and MCC, bootstrap intervals, and what guessing
-    would score. A language model's: loss, perplexity and token accuracy of what training would learn; with
+    would score; with several labels a row, F1 of each label, micro- and macro-F1, and rows that are right
+    whole. A language model's: loss, perplexity and token accuracy of what training would learn; with
     --exact-match how often its greedy answer is the last turn of the row.
     """
     if not exact_match and given("max_new_tokens"):
@@ -66,7 +70,6 @@ def evaluate(
     from lora.data.rows import read_jsonl
     from lora.io.hub import require_path
     from lora.model.loading import load
-    from lora.train.classification_metrics import ClassificationMetrics
     from lora.train.evaluate import evaluate as scores_of
     from lora.train.evaluate import examples_for, read_data_for
     from lora.train.exact_match import exact_match as answers_of
@@ -80,7 +83,7 @@ def evaluate(
     if exact_match and detect_task(Path(data)) != "instruct":
         raise UsageError(f"--exact-match needs instructions, or prompts and completions; {data} has none")
     loaded = load(model, device, dtype, base=base)
-    _check_fields(rows[0], loaded.is_classifier, model)
+    _check_fields(rows[0], loaded, model)
     read = read_data_for(loaded, Path(data))
     examples = examples_for(loaded, read, max_seq_len)
     note_truncated(examples.truncated, max_seq_len)
@@ -94,17 +97,17 @@ def evaluate(
     if as_json:
         about = {"status": "evaluated", "task": task_of(read), "model": model, "data": data}
         print_json({**about, "truncated_rows": examples.truncated, **document})
-    elif isinstance(scores, ClassificationMetrics):
-        print_classification(scores)
     else:
-        print_causal(scores, answers)
+        print_scores(scores, answers)
 
 
-def _check_fields(row: Row, is_classifier: bool, model: str) -> None:
+def _check_fields(row: Row, loaded: Model, model: str) -> None:
+    from lora.model.head import ClassifierHead
     from lora.train.examples import TASKS_BY_FIELD
 
-    if is_classifier:
-        kind, expected, fits = "classifier", "input and label", row.fields.keys() >= {"input", "label"}
+    if isinstance(loaded.head, ClassifierHead):
+        label = "labels" if loaded.head.is_multi_label else "label"
+        kind, expected, fits = "classifier", f"input and {label}", row.fields.keys() >= {"input", label}
     else:
         kind, expected = (
             "language model",
@@ -116,21 +119,24 @@ def _check_fields(row: Row, is_classifier: bool, model: str) -> None:
         raise DataError(f"{model} is a {kind}: expected rows with {expected}; line {row.line} has {found}")
 
 
+def print_scores(
+    scores: ClassificationMetrics | MultiLabelMetrics | CausalMetrics, answers: ExactMatch | None
+) -> None:
+    """Print the scores of a model of any kind."""
+    from lora.train.classification_metrics import ClassificationMetrics
+    from lora.train.multi_label_metrics import MultiLabelMetrics
+
+    if isinstance(scores, ClassificationMetrics):
+        print_classification(scores)
+    elif isinstance(scores, MultiLabelMetrics):
+        print_multi_label(scores)
+    else:
+        print_causal(scores, answers)
+
+
 def print_classification(scores: ClassificationMetrics) -> None:
     """Print a classifier's scores."""
-    print_table(
-        ("Class", "Precision", "Recall", "F1", "Support"),
-        [
-            (
-                one_line(s.name, CLASS_WIDTH),
-                f"{s.precision:.4f}",
-                f"{s.recall:.4f}",
-                f"{s.f1:.4f}",
-                f"{s.support}",
-            )
-            for s in scores.per_class
-        ],
-    )
+    _print_classes("Class", scores.per_class)
     names = [one_line(s.name, CLASS_WIDTH) for s in scores.per_class]
     rows = zip(names, scores.confusion_matrix, strict=True)
     print_table(
@@ -163,6 +169,38 @@ def print_classification(scores: ClassificationMetrics) -> None:
             )
             or None,
         }
+    )
+
+
+def print_multi_label(scores: MultiLabelMetrics) -> None:
+    """Print the scores of a classifier of several labels."""
+    _print_classes("Label", scores.per_class)
+    print_facts(
+        {
+            "Rows": f"{scores.rows:,}",
+            "Micro-F1": f"{scores.micro_f1:.4f}",
+            "Macro-F1": f"{scores.macro_f1:.4f}",
+            "Subset accuracy": f"{scores.subset_accuracy:.4f} (every label of a row is right)",
+            "Hamming loss": f"{scores.hamming_loss:.4f} (share of wrong labels)",
+            "Log loss": f"{scores.log_loss:.4f} nats per label",
+            "No-label baseline": f"subset accuracy {scores.none_baseline:.4f} (no label, ever)",
+        }
+    )
+
+
+def _print_classes(kind: str, scores: Sequence[ClassScore]) -> None:
+    print_table(
+        (kind, "Precision", "Recall", "F1", "Support"),
+        [
+            (
+                one_line(s.name, CLASS_WIDTH),
+                f"{s.precision:.4f}",
+                f"{s.recall:.4f}",
+                f"{s.f1:.4f}",
+                f"{s.support}",
+            )
+            for s in scores
+        ],
     )
 
 

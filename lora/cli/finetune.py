@@ -43,7 +43,10 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str) -> str | tu
 @click.command(short_help="Train an adapter on your rows, or plan it with --plan.")
 @click.argument("model", required=False)
 @click.option(
-    "--data", "-d", metavar="FILE", help='JSON Lines: {"input", "label"}, {"text"}, {"messages"} ...'
+    "--data",
+    "-d",
+    metavar="FILE",
+    help='JSON Lines: {"input", "label"} or "labels", {"text"}, {"messages"} ...',
 )
 @click.option("--output", "-o", metavar="DIR", default=OUTPUT, help="Where the run is written.")
 @adapters_option

@@ -162,7 +162,7 @@ def _data_file(path: Path) -> dict[str, Any]:
     from lora.data.rows import read_jsonl
 
     rows = [row.fields for row in read_jsonl(path)]
-    labels = [row["label"] for row in rows if isinstance(row.get("label"), str | int)]
+    labels = [label for row in rows for label in _labels(row) if isinstance(label, str | int)]
     texts = [value for row in rows for key in ("input", "text") if isinstance(value := row.get(key), str)]
     return {
         "kind": "data",
@@ -171,6 +171,12 @@ def _data_file(path: Path) -> dict[str, Any]:
         "classes": _most_common(map(str, labels)) if labels else None,
         "characters": _spread([len(text) for text in texts]) if texts else None,
     }
+
+
+def _labels(row: Mapping[str, Any]) -> list[Any]:
+    """Return the label of a row, or its labels."""
+    several = row.get("labels")
+    return several if isinstance(several, list) else [row.get("label")]
 
 
 def _most_common(values: Iterable[str]) -> dict[str, int]:

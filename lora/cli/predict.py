@@ -1,4 +1,4 @@
-"""`lora predict`: the class of each text, and how sure the classifier is."""
+"""`lora predict`: the class of each text, or its labels, and how sure the classifier is."""
 
 from __future__ import annotations
 
@@ -51,8 +51,10 @@ def predict(
     require_path(model)
     read = read_texts(texts, data, field="input")
     loaded = load(model, device, dtype, base=base)
-    names = classifier_head(loaded).class_names
-    predictions, truncated = predict_texts(loaded, read, max_seq_len)
+    head = classifier_head(loaded)
+    names = head.class_names
+    predicted = predict_labels if head.is_multi_label else predict_texts
+    predictions, truncated = predicted(loaded, read, max_seq_len)
     note_truncated(truncated, max_seq_len)
     if as_json:
         document = {"status": "predicted", "model": model, "class_names": list(names)}
@@ -77,6 +79,19 @@ class Prediction:
         return vars(self)
 
 
+@dataclass(frozen=True)
+class LabelPrediction:
+    """The labels of a text: those more probable than not, in the order of the head's outputs."""
+
+    text: str
+    labels: list[str]
+    probabilities: dict[str, float]  # by label; each for itself, so that they sum to anything
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return vars(self)
+
+
 def predict_texts(model: Model, read: Texts, max_seq_len: int) -> tuple[list[Prediction], int]:
     """Return the prediction for each text, and how many texts lost their tail.
 
@@ -84,20 +99,53 @@ def predict_texts(model: Model, read: Texts, max_seq_len: int) -> tuple[list[Pre
         ValidationError: the model is no classifier.
         DataError: a text holds no token.
     """
+    names, rows, truncated = _probabilities(model, read, max_seq_len)
+    return [_prediction(*pair, names) for pair in zip(read.texts, rows, strict=True)], truncated
+
+
+def predict_labels(model: Model, read: Texts, max_seq_len: int) -> tuple[list[LabelPrediction], int]:
+    """Return the labels of each text, and how many texts lost their tail; errors as in `predict_texts`."""
+    names, rows, truncated = _probabilities(model, read, max_seq_len)
+    return [_label_prediction(*pair, names) for pair in zip(read.texts, rows, strict=True)], truncated
+
+
+def _probabilities(model: Model, read: Texts, max_seq_len: int) -> tuple[Sequence[str], np.ndarray, int]:
     from lora.data.tokenizer import Tokenizer
     from lora.train.evaluate import class_probabilities, classifier_head
 
     encoded = Tokenizer.load(model.checkpoint.folder).encode(read.texts, max_seq_len, lines=read.lines)
     rows = class_probabilities(model, encoded.ids)
-    names = classifier_head(model).class_names
-    return [_prediction(*pair, names) for pair in zip(read.texts, rows, strict=True)], encoded.truncated
+    return classifier_head(model).class_names, rows, encoded.truncated
 
 
-def print_predictions(predictions: Sequence[Prediction]) -> None:
-    """Print a line for each text: class, probability, and how the text begins."""
-    width = max(len(p.label) for p in predictions)
-    for p in predictions:
-        click.echo(f"{p.label:<{width}}  {p.probability:.4f}  {one_line(p.text)}")
+def print_predictions(predictions: Sequence[Prediction] | Sequence[LabelPrediction]) -> None:
+    """Print a line for each text: class, probability, and how the text begins.
+
+    Or its labels, and the probability of every label.
+    """
+    found = [_found(p) for p in predictions]
+    width = max(map(len, found))
+    for p, label in zip(predictions, found, strict=True):
+        click.echo(f"{label:<{width}}  {_probability(p)}  {one_line(p.text)}")
+
+
+def _found(prediction: Prediction | LabelPrediction) -> str:
+    if isinstance(prediction, Prediction):
+        return prediction.label
+    return ", ".join(prediction.labels) or "(none)"
+
+
+def _probability(prediction: Prediction | LabelPrediction) -> str:
+    if isinstance(prediction, Prediction):
+        return f"{prediction.probability:.4f}"
+    return "  ".join(f"{name} {p:.4f}" for name, p in prediction.probabilities.items())
+
+
+def _label_prediction(text: str, row: np.ndarray, names: Sequence[str]) -> LabelPrediction:
+    from lora.train.multi_label_metrics import predicted_labels
+
+    labels = [name for name, is_there in zip(names, predicted_labels(row), strict=True) if is_there]
+    return LabelPrediction(text, labels, dict(zip(names, row.tolist(), strict=True)))
 
 
 def _prediction(text: str, row: np.ndarray, names: Sequence[str]) -> Prediction:

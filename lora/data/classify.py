@@ -1,4 +1,4 @@
-"""Rows for classification: one `input` text and one `label`, an integer or a class name.
+"""Rows for classification: one `input` text and one `label`, an integer or a class name; or any `labels`.
 
 Contract: contracts/classification-finetune-v1.yaml.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,14 +22,31 @@ class ClassifyData(NamedTuple):
     """Texts and their classes, in the order of the file."""
 
     texts: tuple[str, ...]
-    labels: np.ndarray  # [n] int64, in [0, len(class_names))
+    # [n] int64, in [0, len(class_names)); or [n, C] int64, 1 for each label that a row has, else 0
+    labels: np.ndarray
     class_names: tuple[str, ...]
     lines: tuple[int, ...]  # where each row stands in the file
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether a row has any number of labels, and not one class."""
+        return self.labels.ndim == 2
+
+    def names_of(self, row: int) -> list[str]:
+        """Return the names of the class or the labels of a row, in the order of the head's outputs."""
+        found = np.flatnonzero(self.labels[row]) if self.is_multi_label else [self.labels[row]]
+        return [self.class_names[index] for index in found]
 
 
 class _Example(NamedTuple):
     text: str
     label: int | str
+    line: int
+
+
+class _Labelled(NamedTuple):
+    text: str
+    labels: tuple[int | str, ...]
     line: int
 
 
@@ -62,14 +79,48 @@ def read_examples(
     return ClassifyData(tuple(e.text for e in examples), labels, names, tuple(e.line for e in examples))
 
 
+def read_multi_label(
+    path: str | Path, *, class_names: Sequence[str] | None = None, num_classes: int | None = None
+) -> ClassifyData:
+    """Read rows {"input": string, "labels": [integer or string, ...]}, each label at most once, or none.
+
+    Labels are indices or names as those of `read_examples`, whose arguments and errors these are; the names
+    are all that occur in the file.
+    """
+    rows, problems = read_parsed(path, _parse_labels)
+    examples = [_Example(row.text, label, row.line) for row in rows for label in row.labels]
+    examples = _of_one_kind(examples, problems)
+    names = _inferred_names(examples, num_classes) if class_names is None else tuple(class_names)
+    indices = _indices(examples, names, problems)
+    problems.raise_any()
+    _check_count(path, names, num_classes)
+    labels = np.zeros((len(rows), len(names)), np.int64)
+    labels[np.repeat(np.arange(len(rows)), [len(row.labels) for row in rows]), indices] = 1
+    return ClassifyData(tuple(row.text for row in rows), labels, names, tuple(row.line for row in rows))
+
+
 def _parse(row: Row) -> _Example:
-    text, label = text_field(row, "input"), field(row, "label")
+    return _Example(text_field(row, "input"), _label("label", field(row, "label")), row.line)
+
+
+def _parse_labels(row: Row) -> _Labelled:
+    text, labels = text_field(row, "input"), field(row, "labels")
+    if not isinstance(labels, list):
+        raise RowError(f"'labels': expected a list of integers or class names, found {kind(labels)}")
+    labels = tuple(_label("labels", label) for label in labels)
+    repeated = sorted({repr(label) for label in labels if labels.count(label) > 1})
+    if repeated:
+        raise RowError(f"'labels': expected each label once, found more of {', '.join(repeated)}")
+    return _Labelled(text, labels, row.line)
+
+
+def _label(name: str, label: Any) -> int | str:
     # bool is a subclass of int, and true is no class index
     if isinstance(label, bool) or not isinstance(label, int | str):
-        raise RowError(f"'label': expected an integer or a class name, found {kind(label)}")
+        raise RowError(f"{name!r}: expected an integer or a class name, found {kind(label)}")
     if label == "":
-        raise RowError("'label': expected a class name, found an empty string")
-    return _Example(text, label, row.line)
+        raise RowError(f"{name!r}: expected a class name, found an empty string")
+    return label
 
 
 def _of_one_kind(examples: list[_Example], problems: Problems) -> list[_Example]:

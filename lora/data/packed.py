@@ -18,7 +18,7 @@ from lora.errors import ShapeError, ValidationError
 
 IGNORED = -100  # a target that is not counted, as Transformers spells it
 
-Kind = Literal["causal", "classify"]
+Kind = Literal["causal", "classify", "multi_label"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,8 @@ class Packed:
 
     input_ids: np.ndarray  # [N] int64
     cu_seqlens: np.ndarray  # [S + 1] int64: 0, then the end of each sequence; the last is N
-    # [N] int64: the next token, already shifted, -100 where not counted. Or [S] int64: the class. Or None.
+    # [N] int64: the next token, already shifted, -100 where not counted. Or [S] int64: the class. Or [S, C]
+    # int64: 1 for each label that the sequence has, else 0. Or None.
     targets: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -41,11 +42,16 @@ class Packed:
             raise ShapeError(
                 f"expected boundaries that rise from 0 to {self.num_tokens} tokens, found {ends}"
             )
-        if self.targets is not None and self.targets.shape not in ((self.num_tokens,), (self.num_sequences,)):
+        if self.targets is not None and not self._fits(self.targets):
             raise ShapeError(
                 f"expected a target for each of {self.num_tokens} tokens or {self.num_sequences} sequences, "
                 f"found shape {self.targets.shape}"
             )
+
+    def _fits(self, targets: np.ndarray) -> bool:
+        if targets.ndim == 2:
+            return len(targets) == self.num_sequences
+        return targets.shape in ((self.num_tokens,), (self.num_sequences,))
 
     @property
     def num_tokens(self) -> int:
@@ -69,8 +75,10 @@ class Packed:
 
     @property
     def counted(self) -> int:
-        """How many targets enter the loss."""
-        return 0 if self.targets is None else int((self.targets != IGNORED).sum())
+        """How many tokens, or sequences, enter the loss."""
+        if self.targets is None:
+            return 0
+        return len(self.targets) if self.targets.ndim == 2 else int((self.targets != IGNORED).sum())
 
 
 def pack(sequences: Sequence[Any], targets: Any = None) -> Packed:
@@ -78,7 +86,8 @@ def pack(sequences: Sequence[Any], targets: Any = None) -> Packed:
 
     Args:
         sequences: S arrays of token ids, [T_s] each, of any integer dtype.
-        targets: a class per sequence [S], or a target per token [N] that is shifted already; integers.
+        targets: a class per sequence [S], or a 1 for each of its labels [S, C], else 0; or a target per token
+            [N] that is shifted already; integers.
 
     Raises:
         ShapeError: there is no sequence, one is empty, or `targets` does not fit.
@@ -88,9 +97,9 @@ def pack(sequences: Sequence[Any], targets: Any = None) -> Packed:
     if not rows:
         raise ShapeError("expected at least one sequence, found none")
     cu_seqlens = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    return Packed(
-        np.concatenate(rows), cu_seqlens, None if targets is None else _integers(targets, "targets", ndim=1)
-    )
+    if targets is not None:
+        targets = _integers(targets, "targets", ndim=2 if np.ndim(targets) == 2 else 1)
+    return Packed(np.concatenate(rows), cu_seqlens, targets)
 
 
 def pack_causal(sequences: Sequence[Any], labels: Sequence[Any] | None = None) -> Packed:
@@ -121,6 +130,7 @@ def pack_padded(input_ids: Any, attention_mask: Any = None, labels: Any = None, 
         attention_mask: [B, T] of 1 (or True) for tokens and 0 for padding, all of it on the right. Without
             it, every place holds a token.
         labels: "causal": [B, T], -100 where not counted, shifted here. "classify": the class of each row [B].
+            "multi_label": [B, C], 1 for each label that a row has, else 0.
         kind: what `labels` are.
 
     Raises:
@@ -130,14 +140,14 @@ def pack_padded(input_ids: Any, attention_mask: Any = None, labels: Any = None, 
     """
     ids = _integers(input_ids, "input_ids", ndim=2)
     keep = _right_padded(attention_mask, ids.shape)
-    targets = None if labels is None else _integers(labels, "labels", ndim=2 if kind == "causal" else 1)
+    targets = None if labels is None else _integers(labels, "labels", ndim=1 if kind == "classify" else 2)
     expected = ids.shape if kind == "causal" else ids.shape[:1]
-    if targets is not None and targets.shape != expected:
+    if targets is not None and targets.shape[: len(expected)] != expected:
         raise ShapeError(
             f"labels: expected shape {expected} beside input_ids {ids.shape}, found {targets.shape}"
         )
     sequences = [row[kept] for row, kept in zip(ids, keep, strict=True)]
-    if targets is None or kind == "classify":
+    if targets is None or kind != "causal":
         return pack(sequences, targets)
     stray = int((targets[~keep] != IGNORED).sum())
     if stray:

@@ -10,11 +10,15 @@ import numpy as np
 from lora.backend import Array, linear, wide
 from lora.data.packed import Packed
 from lora.dispatch import Ops
+from lora.errors import UsageError
 from lora.model.context import Gradients
 from lora.model.decoder import EMBEDDING
 from lora.model.parameters import Parameters
 
 Pooling = Literal["mean", "last"]
+ProblemType = Literal["single_label_classification", "multi_label_classification"]  # Transformers' names
+SINGLE_LABEL: ProblemType = "single_label_classification"
+MULTI_LABEL: ProblemType = "multi_label_classification"
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,19 @@ class CausalHead:
 
 @dataclass(frozen=True)
 class ClassifierHead:
-    """A pooled row per sequence, and a linear layer over it; class names in the order of the logits."""
+    """A pooled row per sequence, and a linear layer over it; class names in the order of the logits.
+
+    A row has one class, by the softmax of its logits; or any number of labels, each by its own sigmoid.
+    """
 
     pooling: Pooling
     class_names: tuple[str, ...]
+    problem_type: ProblemType = SINGLE_LABEL
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether a row has any number of labels."""
+        return self.problem_type == MULTI_LABEL
 
     def logits(self, ops: Ops, parameters: Parameters, hidden: Array, batch: Packed) -> Array:
         """Return [S, C] in hidden's accumulation dtype, for hidden states [N, D] of S sequences."""
@@ -83,7 +96,12 @@ class ClassifierHead:
         return logits + wide(parameters["score.bias"]) if "score.bias" in parameters else logits
 
     def normalizer(self, batch: Packed, class_weights: Array | None) -> float:
-        """Return the number of rows, or with class weights the sum of the rows' weights."""
+        """Return the number of rows, or with class weights the sum of the rows' weights.
+
+        With several labels it is rows times labels: the loss is the mean over both, as in Transformers.
+        """
+        if self.is_multi_label:
+            return float(batch.counted * len(self.class_names))
         return float(batch.counted if class_weights is None else class_weights[batch.targets].sum())
 
     def score(
@@ -91,6 +109,10 @@ class ClassifierHead:
     ) -> Any:
         """Return the Outcome of `batch` without gradients: the summed loss, and how many were right."""
         pooled, _ = ops.pool.forward(hidden, batch.cu_seqlens, kind=self.pooling)
+        if self.is_multi_label:
+            _refuse_for_labels(class_weights=class_weights)
+            arrays = _labelled_arrays(parameters, batch)
+            return ops.sigmoid_bce.forward(pooled, *arrays, normalizer=1.0, wants_gradient=False)[0]
         arrays = _classifier_arrays(parameters, batch, class_weights)
         return ops.softmax_xent.forward(pooled, *arrays, normalizer=1.0, wants_gradient=False)[0]
 
@@ -108,11 +130,14 @@ class ClassifierHead:
         """Return (Outcome, dhidden [N, D]); add the head's gradients to `gradients`."""
         parameters = gradients.parameters
         pooled, pool_saved = ops.pool.forward(hidden, batch.cu_seqlens, kind=self.pooling)
-        arrays = _classifier_arrays(parameters, batch, class_weights)
-        outcome, saved = ops.softmax_xent.forward(
-            pooled, *arrays, normalizer=normalizer, label_smoothing=label_smoothing, wants_weight=True
-        )
-        grads = ops.softmax_xent.backward(saved)
+        if self.is_multi_label:
+            _refuse_for_labels(class_weights=class_weights, label_smoothing=label_smoothing or None)
+            op, arrays, more = ops.sigmoid_bce, _labelled_arrays(parameters, batch), {}
+        else:
+            op, arrays = ops.softmax_xent, _classifier_arrays(parameters, batch, class_weights)
+            more = {"label_smoothing": label_smoothing}
+        outcome, saved = op.forward(pooled, *arrays, normalizer=normalizer, wants_weight=True, **more)
+        grads = op.backward(saved)
         gradients.add(parameters.gradient_name("score.weight"), grads.weight)
         if grads.bias is not None:
             gradients.add(parameters.gradient_name("score.bias"), grads.bias)
@@ -127,6 +152,17 @@ def _classifier_arrays(parameters: Parameters, batch: Packed, class_weights: Arr
     bias = parameters.get("score.bias")
     row_weights = None if class_weights is None else np.asarray(class_weights)[batch.targets]
     return parameters["score.weight"], batch.targets, bias, row_weights
+
+
+def _labelled_arrays(parameters: Parameters, batch: Packed) -> tuple[Any, ...]:
+    """Return sigmoid_bce's (weight, targets, bias)."""
+    return parameters["score.weight"], batch.targets, parameters.get("score.bias")
+
+
+def _refuse_for_labels(**settings: Any) -> None:
+    named = [name for name, value in settings.items() if value is not None]
+    if named:
+        raise UsageError(f"{', '.join(named)}: rows with several labels are trained without")
 
 
 def _language_head(parameters: Parameters) -> str:

@@ -7,12 +7,12 @@ head is recorded beside it.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 from lora.errors import FileFormatError
 from lora.io.checkpoint import Checkpoint, read_json_object
 from lora.io.small_files import HEAD_FILE
-from lora.model.head import ClassifierHead, Pooling
+from lora.model.head import SINGLE_LABEL, ClassifierHead, Pooling, ProblemType
 
 
 def read_head_file(checkpoint: Checkpoint, classes: int) -> tuple[Pooling, tuple[str, ...]]:
@@ -36,13 +36,27 @@ def read_head_file(checkpoint: Checkpoint, classes: int) -> tuple[Pooling, tuple
     return pooling, tuple(str(labels[str(index)]) for index in range(classes))
 
 
+def stored_problem_type(checkpoint: Checkpoint) -> ProblemType:
+    """Return what config.json says a head decides, or single labels where it says nothing.
+
+    Raises:
+        FileFormatError: it says something else, such as regression.
+    """
+    found = checkpoint.config.get("problem_type") or SINGLE_LABEL
+    if found not in get_args(ProblemType):
+        raise FileFormatError(
+            f"config.json: problem_type: expected {' or '.join(get_args(ProblemType))}, found {found!r}"
+        )
+    return found
+
+
 def label_config(head: ClassifierHead) -> dict[str, Any]:
     """Return the entries of config.json that describe a classifier's labels."""
     return {
         "num_labels": len(head.class_names),
         "id2label": {str(index): name for index, name in enumerate(head.class_names)},
         "label2id": {name: index for index, name in enumerate(head.class_names)},
-        "problem_type": "single_label_classification",
+        "problem_type": head.problem_type,
     }
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -17,8 +17,8 @@ from lora.io.apr_folder import Folder
 from lora.io.checkpoint import Checkpoint, load_weights, open_checkpoint
 from lora.io.hub import resolve
 from lora.io.peft import CONFIG, load_adapter, peft_name
-from lora.model.head import CausalHead, ClassifierHead, Head, Pooling
-from lora.model.head_file import read_head_file
+from lora.model.head import MULTI_LABEL, CausalHead, ClassifierHead, Head, Pooling, ProblemType
+from lora.model.head_file import read_head_file, stored_problem_type
 from lora.model.model import Model
 from lora.model.operations import operations
 from lora.model.parameters import Parameters
@@ -46,18 +46,23 @@ class Base:
         pooling: Pooling | None = None,
         head_bias: bool | None = None,
         class_names: Sequence[str] | None = None,
+        problem_type: ProblemType | None = None,
         seed: int = 0,
     ) -> Model:
         """Return a model with a head of its own and no adapter; arguments and errors as in `load`."""
         checkpoint = self.checkpoint
         names = _class_names(num_labels, class_names)
         classifies = names is not None or SCORE in checkpoint.tensors
-        require(self.device, operations(checkpoint.spec, classifies=classifies))
+        kind = _problem_type(checkpoint, problem_type) if classifies else None
+        multi_label = kind == MULTI_LABEL
+        require(self.device, operations(checkpoint.spec, classifies=classifies, multi_label=multi_label))
         require_dtype(self.device, self.dtype)
         parameters = Parameters(_weights(checkpoint, classifies=classifies), layout=checkpoint.layout)
         head: Head = CausalHead()
-        if classifies:
-            head = _classifier(checkpoint, parameters, names, pooling, head_bias, seed)
+        if kind is not None:
+            head = replace(
+                _classifier(checkpoint, parameters, names, pooling, head_bias, seed), problem_type=kind
+            )
         parameters.weights = {name: self._placed(name, array) for name, array in parameters.weights.items()}
         return Model(checkpoint.spec, parameters, head, self.ops, self.dtype, checkpoint, self.name)
 
@@ -85,6 +90,7 @@ def load(
     pooling: Pooling | None = None,
     head_bias: bool | None = None,
     class_names: Sequence[str] | None = None,
+    problem_type: ProblemType | None = None,
     quantize: str | None = None,
     seed: int = 0,
     base: str | Path | None = None,
@@ -100,6 +106,8 @@ def load(
         pooling: "mean" or "last"; None for mean under a new head, and for its own under a stored one.
         head_bias: whether a new head has a bias; None for yes.
         class_names: the classes in the order of the head's outputs; implies num_labels.
+        problem_type: "single_label_classification", one class a row, or "multi_label_classification", any
+            number of labels a row; None for what config.json says, and else for single labels.
         quantize: reserved for "nf4".
         seed: draws a new head.
         base: for an adapter, the base to use in the place of the one that it names.
@@ -117,7 +125,12 @@ def load(
         raise UsageError(f"base = {str(base)!r} is for an adapter, and {folder} holds no {CONFIG}")
     opened = Base(base_name(path), open_checkpoint(folder), device, ops, compute)
     return opened.model(
-        num_labels=num_labels, pooling=pooling, head_bias=head_bias, class_names=class_names, seed=seed
+        num_labels=num_labels,
+        pooling=pooling,
+        head_bias=head_bias,
+        class_names=class_names,
+        problem_type=problem_type,
+        seed=seed,
     )
 
 
@@ -137,9 +150,20 @@ def _load_with_adapter(folder: Folder, base: str | Path | None, device: str, dty
     if score is not None:
         names = facts.get("class_names", [str(index) for index in range(len(score))])
         head = {"class_names": names, "pooling": facts.get("pooling", "last"), "head_bias": bias is not None}
+        head["problem_type"] = facts.get("problem_type")
     model = load(base, device, dtype, **head)
     model.load_adapter(folder)
     return model
+
+
+def _problem_type(checkpoint: Checkpoint, wanted: ProblemType | None) -> ProblemType:
+    """Return what the head decides: what is wanted of a new head, and its own of a stored one."""
+    if wanted not in (None, *get_args(ProblemType)):
+        raise UsageError(f"problem_type {wanted!r}: expected {' or '.join(get_args(ProblemType))}")
+    stored = stored_problem_type(checkpoint)
+    if wanted is not None and SCORE in checkpoint.tensors and wanted != stored:
+        raise UsageError(f"problem_type = {wanted}: the checkpoint's own head is one of {stored}")
+    return wanted or stored
 
 
 def _class_names(num_labels: int | None, class_names: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -14,7 +14,7 @@ import numpy as np
 from lora.backend import Array, named_stream, wide
 from lora.data.packed import Packed, pack_padded, to_padded
 from lora.dispatch import Ops
-from lora.errors import AdapterError, DataError, LoraWarning, UsageError
+from lora.errors import AdapterError, DataError, LoraWarning, ShapeError, UsageError
 from lora.io.apr_folder import open_folder
 from lora.io.checkpoint import Checkpoint
 from lora.io.lora_config import LoraConfig
@@ -109,10 +109,12 @@ class Model:
 
         Args:
             input_ids: integers [B, T] in [0, V).
-            labels: a causal model's [B, T], shifted inside, -100 where nothing counts; a classifier's [B].
+            labels: a causal model's [B, T], shifted inside, -100 where nothing counts; a classifier's [B], or
+                of one with several labels [B, C], 1 for each label of a row, else 0.
             attention_mask: [B, T], ones then zeros in each row; None where every token counts.
             normalizer: what the summed loss is divided by, so that a caller can add up the parts of a larger
-                batch exactly; None for the number of counted tokens (rows, or the sum of the rows' weights).
+                batch exactly; None for the number of counted tokens (of rows; the sum of their weights; rows
+                times labels).
             class_weights: [C], a classifier's weight of each class.
 
         Raises:
@@ -216,6 +218,7 @@ class Model:
         facts = {"targets": adapter.config.target_modules, **(metadata or {})}
         if isinstance(self.head, ClassifierHead):
             facts |= {"pooling": self.head.pooling, "class_names": list(self.head.class_names)}
+            facts["problem_type"] = self.head.problem_type
         self._warn_of_transformers()
         config = expanded(adapter.config, adaptable_modules(self.spec))
         save_adapter(Path(folder), config, adapter.tensors(layout or self.parameters.layout), facts)
@@ -352,7 +355,9 @@ class Model:
     def _pack(self, input_ids: Any, attention_mask: Any, labels: Any) -> Packed:
         if attention_mask is None and isinstance(self.head, ClassifierHead) and self.head.pooling == "last":
             attention_mask = _up_to_last_token(np.asarray(input_ids), self.spec.pad_token_id)
-        kind = "classify" if self.is_classifier else "causal"
+        kind = "causal"
+        if isinstance(self.head, ClassifierHead):
+            kind = "multi_label" if self.head.is_multi_label else "classify"
         batch = pack_padded(input_ids, attention_mask, labels, kind=kind)
         self.check_ids(batch)
         return batch
@@ -366,7 +371,9 @@ class Model:
         _check_range("input id", batch.input_ids, self.spec.vocab_size)
         if batch.targets is None:
             return
-        if isinstance(self.head, ClassifierHead):
+        if isinstance(self.head, ClassifierHead) and self.head.is_multi_label:
+            _check_labels(batch.targets, len(self.head.class_names))
+        elif isinstance(self.head, ClassifierHead):
             _check_range("F-CLASS-002: label", batch.targets, len(self.head.class_names))
         else:
             _check_range("label", batch.targets[batch.targets != -100], self.spec.vocab_size)
@@ -411,6 +418,12 @@ def _up_to_last_token(input_ids: Array, pad_token_id: int | None) -> Array | Non
         return None
     from_the_right = np.logical_or.accumulate((input_ids != pad_token_id)[:, ::-1], axis=1)
     return from_the_right[:, ::-1]
+
+
+def _check_labels(targets: Array, count: int) -> None:
+    if targets.shape[1:] != (count,):
+        raise ShapeError(f"labels: expected a 0 or 1 for each of {count} labels, found {list(targets.shape)}")
+    _check_range("label", targets, 2)
 
 
 def _check_range(what: str, values: Array | Sequence[int], count: int) -> None:

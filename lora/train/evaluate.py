@@ -20,6 +20,7 @@ from lora.model.model import Model
 from lora.train.classification_metrics import ClassificationMetrics, metrics_from_probabilities, softmax
 from lora.train.examples import Data, Examples, detect_task, read_data, tokenise
 from lora.train.loop import evaluate_loss
+from lora.train.multi_label_metrics import MultiLabelMetrics, multi_label_metrics, sigmoid
 
 TOKENS_AT_ONCE = 4096  # without a backward pass, only one block's activations live at a time
 
@@ -47,7 +48,8 @@ def read_data_for(model: Model, path: Path) -> Data:
         DataError: rows are bad, or hold a class that the model does not know.
     """
     if isinstance(model.head, ClassifierHead):
-        return read_data(path, "classify", class_names=model.head.class_names)
+        head = model.head
+        return read_data(path, "classify", class_names=head.class_names, multi_label=head.is_multi_label)
     return read_data(path, "instruct" if detect_task(path) == "instruct" else "causal")
 
 
@@ -64,10 +66,11 @@ def read_examples_for(model: Model, path: Path, max_seq_len: int) -> Examples:
 
 def evaluate(
     model: Model, examples: Examples, *, batch_size: int = 32
-) -> ClassificationMetrics | CausalMetrics:
+) -> ClassificationMetrics | MultiLabelMetrics | CausalMetrics:
     """Return the scores of `model`, a classifier or a language model; arguments and errors as below."""
-    if model.is_classifier:
-        return evaluate_classifier(model, examples, batch_size=batch_size)
+    if isinstance(model.head, ClassifierHead):
+        scored = evaluate_multi_label if model.head.is_multi_label else evaluate_classifier
+        return scored(model, examples, batch_size=batch_size)
     return evaluate_causal(model, examples, batch_size=batch_size)
 
 
@@ -89,6 +92,14 @@ def evaluate_classifier(model: Model, examples: Examples, *, batch_size: int = 3
     return metrics_from_probabilities(p, examples.labels, classifier_head(model).class_names)
 
 
+def evaluate_multi_label(model: Model, examples: Examples, *, batch_size: int = 32) -> MultiLabelMetrics:
+    """Return the scores of a classifier of several labels; the rest as in `evaluate_classifier`."""
+    if examples.labels is None:
+        raise DataError("expected labels for each example, found texts alone")
+    p = class_probabilities(model, examples.sequences, batch_size=batch_size)
+    return multi_label_metrics(p, examples.labels, classifier_head(model).class_names)
+
+
 def evaluate_causal(model: Model, examples: Examples, *, batch_size: int = 32) -> CausalMetrics:
     """Return the scores of a language model on texts; arguments as in `evaluate_classifier`."""
     loss, accuracy = evaluate_loss(model, examples, batch_size, TOKENS_AT_ONCE)
@@ -96,17 +107,17 @@ def evaluate_causal(model: Model, examples: Examples, *, batch_size: int = 32) -
 
 
 def class_probabilities(model: Model, sequences: Sequence[np.ndarray], *, batch_size: int = 32) -> np.ndarray:
-    """Return the probability of each class for each token sequence, [n, C] float64.
+    """Return the probability of each class, or of each label, for each token sequence, [n, C] float64.
 
     Raises:
         ValidationError: the model is no classifier, or gives a logit that is not finite.
     """
-    classifier_head(model)
+    probabilities = sigmoid if classifier_head(model).is_multi_label else softmax
     batches = (pack(sequences[first : first + batch_size]) for first in range(0, len(sequences), batch_size))
     parts = (
         part for batch in batches for part in split(batch, max(TOKENS_AT_ONCE, int(batch.lengths.max())))
     )
-    return softmax(np.concatenate([to_host(model.packed_logits(part)) for part in parts]))
+    return probabilities(np.concatenate([to_host(model.packed_logits(part)) for part in parts]))
 
 
 def classifier_head(model: Model) -> ClassifierHead:

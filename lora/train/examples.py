@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lora.data.causal import CausalData, read_texts
 from lora.data.chat_template import CHATML, ChatTemplate
-from lora.data.classify import ClassifyData, read_examples
+from lora.data.classify import ClassifyData, read_examples, read_multi_label
 from lora.data.instruct import InstructData, read_instructions
 from lora.data.packed import IGNORED, Packed, pack, pack_causal
 from lora.data.rows import SHOWN, scan_jsonl
@@ -22,6 +23,7 @@ from lora.errors import DataError, FileFormatError
 
 TASKS_BY_FIELD = {
     "label": "classify",
+    "labels": "classify",
     "text": "causal",
     "messages": "instruct",
     "instruction": "instruct",
@@ -32,16 +34,26 @@ Data = ClassifyData | CausalData | InstructData
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised rows; a classifier's have a label each."""
+    """Tokenised rows; a classifier's have a label each, or several."""
 
     sequences: tuple[np.ndarray, ...]  # each [T] int64
-    labels: np.ndarray | None  # [n] int64
+    labels: np.ndarray | None  # [n] int64; or with several labels a row [n, C] int64 of 0 and 1
     truncated: int  # rows that lost their tail
     # of an instruction's tokens, each [T] int64: the id where it is learned, else -100
     token_labels: tuple[np.ndarray, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    @property
+    def classes(self) -> np.ndarray | None:
+        """The one class of each row, [n] int64; None where rows have none, or several labels."""
+        return None if self.labels is None or self.labels.ndim == 2 else self.labels
+
+    @property
+    def strata(self) -> np.ndarray | int:
+        """What a split is stratified by: the class of each row, or n where rows have no class."""
+        return len(self) if self.classes is None else self.classes
 
     @property
     def tokens(self) -> int:
@@ -89,18 +101,22 @@ def detect_task(path: Path) -> str:
     Raises:
         DataError: no field names a task.
     """
-    rows, problems = scan_jsonl(path)
-    if not rows:
-        problems.raise_any()
-    fields = rows[0].fields
+    fields = _first_fields(path)
     for field, task in TASKS_BY_FIELD.items():
         if field in fields:
             return task
     raise DataError(
-        f"{path}: cannot tell the task from the fields {sorted(fields)}: expected input and label "
+        f"{path}: cannot tell the task from the fields {sorted(fields)}: expected input and label or labels "
         "(classify), text (causal), or messages, instruction and response, or prompt and completion "
         "(instruct)"
     )
+
+
+def _first_fields(path: Path) -> dict[str, Any]:
+    rows, problems = scan_jsonl(path)
+    if not rows:
+        problems.raise_any()
+    return rows[0].fields
 
 
 def task_of(data: Data) -> str:
@@ -111,11 +127,27 @@ def task_of(data: Data) -> str:
 
 
 def read_data(
-    path: Path, task: str, *, class_names: Sequence[str] | None = None, num_classes: int | None = None
+    path: Path,
+    task: str,
+    *,
+    class_names: Sequence[str] | None = None,
+    num_classes: int | None = None,
+    multi_label: bool | None = None,
 ) -> Data:
-    """Read every row of `path`; see `lora.data` for what is refused."""
+    """Read every row of `path`; see `lora.data` for what is refused.
+
+    Args:
+        path: a JSON Lines file.
+        task: "classify", "causal" or "instruct".
+        class_names: of a trained classifier, in the order of its head.
+        num_classes: how many outputs a classifier has.
+        multi_label: whether rows to classify have `labels`; None for what the first row has.
+    """
     if task == "classify":
-        return read_examples(path, class_names=class_names, num_classes=num_classes)
+        if multi_label is None:
+            multi_label = "labels" in (fields := _first_fields(path)) and "label" not in fields
+        read = read_multi_label if multi_label else read_examples
+        return read(path, class_names=class_names, num_classes=num_classes)
     return read_instructions(path) if task == "instruct" else read_texts(path)
 
 
@@ -184,10 +216,9 @@ def data_hash(data: Data) -> str:
     elif isinstance(data, InstructData):
         rows = sorted(json.dumps(dialogue, sort_keys=True).encode() for dialogue in data.dialogues)
     else:
-        names = data.class_names
         rows = sorted(
-            text.encode() + b"\0" + names[label].encode()
-            for text, label in zip(data.texts, data.labels, strict=True)
+            b"\0".join(part.encode() for part in (text, *data.names_of(row)))
+            for row, text in enumerate(data.texts)
         )
     digest = sha256()
     for row in rows:

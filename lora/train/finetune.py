@@ -23,6 +23,7 @@ from lora.estimate import Plan, plan
 from lora.io.apr_folder import Folder
 from lora.io.checkpoint import read_config
 from lora.io.hub import require_path, resolve
+from lora.model.head import MULTI_LABEL, SINGLE_LABEL, ClassifierHead, ProblemType
 from lora.model.loading import Base, base_name, open_base
 from lora.model.model import Model
 from lora.model.operations import operations
@@ -70,6 +71,13 @@ class Prepared:
     examples: Examples
     class_names: tuple[str, ...]
 
+    @property
+    def problem_type(self) -> ProblemType | None:
+        """What a classifier decides of each row: its one class, or which labels it has; else None."""
+        if not isinstance(self.data, ClassifyData):
+            return None
+        return MULTI_LABEL if self.data.is_multi_label else SINGLE_LABEL
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -96,8 +104,9 @@ def finetune(
 
     Args:
         model: a checkpoint's folder, an APR file, a hub id, or a model from `lora.load`.
-        data: JSON Lines: {"input", "label"} to classify, {"text"} for a causal model; {"messages"},
-            {"instruction", "response"} or {"prompt", "completion"} to instruct.
+        data: JSON Lines: {"input", "label"} to classify, or {"input", "labels"} where a row has any number of
+            labels; {"text"} for a causal model; {"messages"}, {"instruction", "response"} or {"prompt",
+            "completion"} to instruct.
         task: "classify", "causal" or "instruct"; None for what the first row's fields say.
         output: a folder; `best/`, `epoch-N/`, `metrics.jsonl`, `metrics.csv`, `run.json`, `recipe.yaml` and
             the state that a killed run goes on from are written into it.
@@ -172,6 +181,8 @@ def prepare(config: FinetuneConfig, model: Model | str | Path, data: Path) -> Pr
     if config.method == "head" and config.task != "classify":
         raise UsageError("method = 'head' trains a classifier's head alone: expected task = 'classify'")
     rows = read_data(data, str(config.task), num_classes=config.num_classes)
+    if isinstance(rows, ClassifyData) and rows.is_multi_label:
+        _check_multi_label(config)
     folder = model.checkpoint.folder if isinstance(model, Model) else resolve(model)
     spec = read_spec(read_config(folder))
     if config.model_size is not None:
@@ -184,6 +195,18 @@ def prepare(config: FinetuneConfig, model: Model | str | Path, data: Path) -> Pr
     _check_layout(config, spec)
     base = model.base_name if isinstance(model, Model) else base_name(model)
     return Prepared(config, base, folder, data, planned, rows, examples, class_names)
+
+
+def _check_multi_label(config: FinetuneConfig) -> None:
+    """Refuse what is defined by the one class of a row; "auto" weights are those of no imbalance."""
+    named = {
+        "class_weights": config.class_weights not in ("auto", "uniform"),
+        "oversample": config.oversample,
+        "label_smoothing": config.label_smoothing > 0,
+    }
+    found = [f"{name} = {getattr(config, name)!r}" for name, is_set in named.items() if is_set]
+    if found:
+        raise UsageError(f"rows with several labels have no one class: leave out {', '.join(found)}")
 
 
 def _check_layout(config: FinetuneConfig, spec: ModelSpec) -> None:
@@ -223,6 +246,7 @@ def _trainable_model(base: Base | Model, prepared: Prepared) -> Model:
             class_names=prepared.class_names or None,
             pooling=config.pooling,
             head_bias=config.head_bias,
+            problem_type=prepared.problem_type,
             seed=config.seed,
         )
     else:
@@ -230,6 +254,11 @@ def _trainable_model(base: Base | Model, prepared: Prepared) -> Model:
     if model.is_classifier != (config.task == "classify"):
         raise UsageError(
             f"task {config.task!r} does not fit the model's head; load it with or without num_labels"
+        )
+    if isinstance(model.head, ClassifierHead) and model.head.problem_type != prepared.problem_type:
+        raise UsageError(
+            f"the rows are those of problem_type = {prepared.problem_type!r}, and the model was loaded for "
+            f"{model.head.problem_type!r}"
         )
     if config.method == "full":
         model.train_all()
@@ -241,11 +270,10 @@ def _trainable_model(base: Base | Model, prepared: Prepared) -> Model:
 def _train(model: Model, checked: Checked, callbacks: list[Callback]) -> Run:
     prepared, output = checked.prepared, checked.output
     config, examples = prepared.config, prepared.examples
-    labels = len(examples) if examples.labels is None else examples.labels
-    train_rows, validation_rows = stratified_split(labels, config.val_split, config.seed)
+    train_rows, validation_rows = stratified_split(examples.strata, config.val_split, config.seed)
     once = len(train_rows)
     if config.oversample:
-        train_rows = train_rows[oversampled(np.asarray(labels)[train_rows], config.seed)]
+        train_rows = train_rows[oversampled(np.asarray(examples.classes)[train_rows], config.seed)]
     train, validation = examples.subset(train_rows), examples.subset(validation_rows)
     weights = _class_weights(config, train, prepared.class_names)
     facts: dict[str, Any] = {"data_hash": data_hash(prepared.data), "base": prepared.base}
@@ -283,6 +311,8 @@ def _train(model: Model, checked: Checked, callbacks: list[Callback]) -> Run:
         write_recipe(output / RECIPE_FILE, prepared.base, prepared.data_path, output, config)
         for callback in callbacks:
             callback.started(started)
+            if prepared.problem_type == MULTI_LABEL:
+                callback.said("rows with several labels: the split is drawn by the seed alone, not by class")
         _run(loop, folder)
     return _outcome(started, loop, folder.seconds())
 
@@ -302,9 +332,9 @@ def _run(loop: Loop, folder: RunFolder) -> None:
 
 
 def _class_weights(config: FinetuneConfig, train: Examples, class_names: tuple[str, ...]) -> Array | None:
-    if train.labels is None:
+    if train.classes is None:
         return None
-    return class_weights(train.labels, len(class_names), config.class_weights)
+    return class_weights(train.classes, len(class_names), config.class_weights)
 
 
 def _save(

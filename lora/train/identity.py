@@ -44,7 +44,7 @@ def run_identity(prepared: Prepared, model: Model | str | Path) -> dict[str, dic
         settings |= {f"adapter {name}": getattr(scale, name) for name in _SCALE}
     identity = {
         "settings": settings,
-        "classes": {"names": prepared.class_names},
+        "classes": {"names": prepared.class_names, "problem_type": prepared.problem_type},
         "data": {"sha256": file_hash(prepared.data_path)},
         "base": base_hashes(prepared.folder),
         "arithmetic": arithmetic_facts(),

@@ -21,6 +21,7 @@ from lora.io.atomic import write_text
 from lora.io.checkpoint import read_json_object
 from lora.io.lora_config import LoraConfig
 from lora.io.peft import CONFIG, METADATA
+from lora.model.head import MULTI_LABEL, ClassifierHead
 from lora.model.model import Model
 from lora.train.callbacks import EpochDone
 
@@ -155,7 +156,10 @@ def _loading(model: Model) -> str:
     if is_apr(model.base_name):
         base, convert = '"base"', f"# first: lora convert {shlex.quote(model.base_name)} base\n"
     kind = "SequenceClassification" if model.is_classifier else "CausalLM"
-    labels = f", num_labels={len(model.head.class_names)}" if model.is_classifier else ""  # pyright: ignore[reportAttributeAccessIssue]
+    labels = ""
+    if isinstance(model.head, ClassifierHead):
+        labels = f", num_labels={len(model.head.class_names)}"
+        labels += f', problem_type="{MULTI_LABEL}"' if model.head.is_multi_label else ""
     note = model.transformers_note()
     text = f"""## Loading it
 

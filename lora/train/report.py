@@ -10,6 +10,7 @@ from lora.assets import asset
 from lora.io.atomic import write_text
 from lora.train.classification_metrics import ClassificationMetrics
 from lora.train.duration import duration
+from lora.train.multi_label_metrics import MultiLabelMetrics
 from lora.train.report_charts import Chart, Series, line_chart, smoothed
 from lora.train.report_evaluation import Evaluation
 from lora.train.report_record import Record
@@ -82,6 +83,16 @@ def _cards(record: Record, evaluation: Evaluation | None) -> list[tuple[str, str
                 f"always “{scores.majority_baseline.name}”: {scores.majority_baseline.macro_f1:.3f}",
             ),
             ("Calibration error", f"{scores.expected_calibration_error:.3f}", "0 is perfect"),
+        ]
+    elif isinstance(scores, MultiLabelMetrics):
+        cards += [
+            ("Micro F1", f"{scores.micro_f1:.3f}", "all labels together"),
+            ("Macro F1", f"{scores.macro_f1:.3f}", "mean over the labels"),
+            (
+                "Subset accuracy",
+                f"{scores.subset_accuracy:.1%}",
+                f"never a label: {scores.none_baseline:.1%}",
+            ),
         ]
     elif scores is not None:
         cards += [

@@ -7,12 +7,14 @@ say which rows those were, and the numbers are those of the bytes on the disk.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lora.data.classify import ClassifyData
 from lora.data.instruct import Dialogue, InstructData
 from lora.data.packed import split
 from lora.data.split import stratified_split
@@ -29,6 +31,12 @@ from lora.train.config import FinetuneConfig
 from lora.train.evaluate import TOKENS_AT_ONCE, CausalMetrics, class_probabilities, evaluate_causal
 from lora.train.examples import Data, Examples, data_hash
 from lora.train.finetune import Prepared, prepare
+from lora.train.multi_label_metrics import (
+    MultiLabelMetrics,
+    label_losses,
+    multi_label_metrics,
+    predicted_labels,
+)
 from lora.train.recipe import read_recipe
 
 WORST = 10
@@ -43,7 +51,7 @@ class WorstRow:
     loss: float  # of the row, per token or for its label, in nats
     label: str | None = None  # a classifier's
     predicted: str | None = None
-    confidence: float | None = None  # the probability of `predicted`
+    confidence: float | None = None  # the probability of `predicted`; of several labels, of all together
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,8 @@ class CalibrationBin:
 class Evaluation:
     """The best state's scores on the validation rows, and the rows that it does worst on."""
 
-    scores: ClassificationMetrics | CausalMetrics
-    calibration: tuple[CalibrationBin, ...]  # of a classifier, by rising confidence
+    scores: ClassificationMetrics | MultiLabelMetrics | CausalMetrics
+    calibration: tuple[CalibrationBin, ...]  # of a classifier of one class, by rising confidence
     worst: tuple[WorstRow, ...]  # the largest loss first
 
 
@@ -76,11 +84,12 @@ def evaluate_run(state: Path, recipe: Path, expected_hash: str) -> Evaluation:
         raise ValidationError(f"{prepared.data_path}: the rows are not those of the run ({found[:12]}...)")
     model = load(state, dtype=prepared.config.dtype)
     examples = prepared.examples
-    labels = len(examples) if examples.labels is None else examples.labels
-    _, rows = stratified_split(labels, prepared.config.val_split, prepared.config.seed)
+    _, rows = stratified_split(examples.strata, prepared.config.val_split, prepared.config.seed)
     validation = examples.subset(rows)
-    if validation.labels is None:
+    if not isinstance(prepared.data, ClassifyData):
         return _evaluate_causal(model, prepared.data, validation, rows)
+    if prepared.data.is_multi_label:
+        return _evaluate_multi_label(model, prepared.data, validation, rows)
     return _evaluate_classifier(model, prepared.data, validation, rows)
 
 
@@ -120,6 +129,32 @@ def _evaluate_classifier(model: Model, data: Data, examples: Examples, rows: np.
     ]
     scores = metrics_from_probabilities(p, labels, names)
     return Evaluation(scores, calibration(p, labels), tuple(worst))
+
+
+def _evaluate_multi_label(
+    model: Model, data: ClassifyData, examples: Examples, rows: np.ndarray
+) -> Evaluation:
+    names, labels = data.class_names, np.asarray(examples.labels)
+    p = class_probabilities(model, examples.sequences)
+    losses, predicted = label_losses(p, labels).mean(axis=1), predicted_labels(p)
+    # each label for itself: that all of them are as predicted is as probable as the product
+    confidence = np.where(predicted, p, 1 - p).prod(axis=1)
+    worst = [
+        WorstRow(
+            data.lines[rows[i]],
+            data.texts[rows[i]],
+            float(losses[i]),
+            _listed(data.names_of(rows[i])),
+            _listed([names[label] for label in np.flatnonzero(predicted[i])]),
+            float(confidence[i]),
+        )
+        for i in _largest(losses)
+    ]
+    return Evaluation(multi_label_metrics(p, labels, names), (), tuple(worst))
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return ", ".join(labels) or "(none)"
 
 
 def _evaluate_causal(model: Model, data: Data, examples: Examples, rows: np.ndarray) -> Evaluation:
