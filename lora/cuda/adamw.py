@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora.backend import Array, Kernel, address, array_module, empty, launch, to_host
+from lora.backend import Array, Kernel, address, beside, empty, launch, to_host
 from lora.errors import UnsupportedError
 from lora.ops.adamw import check_layout, scalars_of
 
@@ -54,7 +54,7 @@ def step(
     if not parameters:
         return 0.0
     rows, chunks = _table(parameters, gradients, moments)
-    table = array_module(parameters[0]).asarray(rows)
+    table = beside(rows, parameters[0])
     squares, norm = (empty((size,), "float32", like=parameters[0]) for size in (chunks, 2))
     arrays = len(parameters)
     launch(_SQUARES, (chunks,), table, squares, arrays)

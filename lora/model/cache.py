@@ -55,7 +55,7 @@ class Cache:
         self.lengths = self.lengths[rows]
         for kept in (self.keys, self.values, self.windows, self.states):
             for block, array in kept.items():
-                kept[block] = array[rows]
+                kept[block] = array[beside(np.array(rows), array)]
 
     def _keep(self, block: str, k: Array, v: Array) -> None:
         if block not in self.keys:
