@@ -36,7 +36,7 @@ _THREADS = 256
 _TILE = 128  # rows, or columns, of a block
 _STEP = 64  # elements that a block sums over at a time
 _RANKS = (16, 48, 96)  # of a block: one part, three of rank 16, or anything larger by tiles
-_BLOCKS = 256  # that a sum over many rows or columns is split into at most: two for each multiprocessor
+_BLOCKS = 256  # at which a sum is split no further: two for each multiprocessor
 _LEAST = 128  # elements of a split
 
 
@@ -95,11 +95,8 @@ def backward(saved: Saved, dys: tuple[Array, ...], *, wants_x: bool = True) -> G
         return reference.backward(saved, dys, wants_x=wants_x)
     dys, parts = tuple(contiguous(dy) for dy in dys), saved.parts
     dlow = _dlow(parts, dys)
-    das = (
-        dealt(_gathered(saved.x, dlow, 1.0, by_ranks=True), parts)
-        if dlow is not None
-        else (None,) * len(parts)
-    )
+    da = None if dlow is None else _gathered(saved.x, dlow, 1.0, by_ranks=True)
+    das = (None,) * len(parts) if da is None else dealt(da, parts)
     grads = tuple(
         _part_grads(saved.x, part, low, da, dy)
         for part, low, da, dy in zip(parts, saved.lows, das, dys, strict=True)
@@ -118,13 +115,12 @@ def _lows(x: Array, parts: tuple[Part, ...]) -> tuple[Array | None, ...]:
 
 
 def _output(x: Array, part: Part, low: Array | None) -> Array:
+    """Return y [N, O] of one part: bias and correction in one write, then the product with the weight."""
     y = empty((len(x), len(part.weight)), x.dtype, like=x)
-    corrected = part.factors is not None or part.bias is not None
+    corrected = low is not None or part.bias is not None
     if corrected:
         b, scale = (None, 0.0) if part.factors is None else (contiguous(part.factors.b), part.factors.scale)
-        bias = contiguous(part.bias)
-        kernel = _expand_kernel("float" if bias is None else cpp_type("lowrank_linear", bias), False)
-        _expand(kernel, y, None if low is None else low.T, b, bias, scale)
+        _expand(y, None if low is None else low.T, b, contiguous(part.bias), scale, by_columns=False)
     return _add_product(y, x, part.weight.T, accumulate=corrected)
 
 
@@ -143,7 +139,7 @@ def _dlow(parts: tuple[Part, ...], dys: tuple[Array, ...]) -> Array | None:
 def _dx(parts: tuple[Part, ...], dys: tuple[Array, ...], dlow: Array | None) -> Array:
     dx = empty((len(dys[0]), parts[0].weight.shape[1]), bfloat16, like=dys[0])
     if dlow is not None:
-        _expand(_expand_kernel("float", True), dx, dlow, _stacked_a(parts), None, 1.0)
+        _expand(dx, dlow, _stacked_a(parts), None, 1.0, by_columns=True)
     for index, (part, dy) in enumerate(zip(parts, dys, strict=True)):
         _add_product(dx, dy, part.weight, accumulate=index > 0 or dlow is not None)
     return dx
@@ -151,7 +147,7 @@ def _dx(parts: tuple[Part, ...], dys: tuple[Array, ...], dlow: Array | None) -> 
 
 def _part_grads(x: Array | None, part: Part, low: Array | None, da: Array | None, dy: Array) -> PartGrads:
     db = dweight = dbias = None
-    if part.factors is not None:
+    if part.factors is not None and low is not None:
         db = _gathered(dy, low.T, part.factors.scale, by_ranks=False)
     if part.trained:
         dweight = matmul(dy.T, x)
@@ -173,11 +169,15 @@ def _project(low: Array, x: Array, factor: Array, scale: float, *, by_columns: b
 
 
 def _expand(
-    kernel: Kernel, y: Array, low: Array | None, factor: Array | None, bias: Array | None, scale: float
+    y: Array, low: Array | None, factor: Array | None, bias: Array | None, scale: float, *, by_columns: bool
 ) -> None:
-    """Write bias + scale · lowᵀ factorᵀ into `y` [N, O]; without `low` [R, P], the bias alone."""
+    """Write bias + scale · lowᵀ factorᵀ into `y` [N, O], for `factor` [O, R], or [R, O] by columns.
+
+    Without `low` [R, P], the bias [O] alone.
+    """
     rows, columns = y.shape
     ranks, padded = (0, _padded(rows)) if low is None else low.shape
+    kernel = _expand_kernel("float" if bias is None else cpp_type("lowrank_linear", bias), by_columns)
     grid = (-(-columns // _TILE), -(-rows // _TILE))
     launch(kernel, grid, low, factor, bias, y, scale, rows, padded, ranks, columns)
 
@@ -221,7 +221,7 @@ def _rank_tile(ranks: int) -> int:
 
 
 def _split(length: int, tiles: tuple[int, int]) -> tuple[int, int]:
-    """Return into how long splits, and how many, a sum over `length` goes, so that blocks are enough."""
+    """Return how long the splits of a sum over `length` are, and how many, so that blocks fill the device."""
     wanted = min(-(-_BLOCKS // (tiles[0] * tiles[1])), -(-length // _LEAST))
     split = -(-length // (wanted * _STEP)) * _STEP
     return split, -(-length // split)

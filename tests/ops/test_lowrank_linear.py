@@ -17,7 +17,7 @@ from lora.contracts import op_contract
 from lora.errors import ShapeError
 from lora.ops import lowrank_linear
 from lora.ops.lowrank_linear import Factors, Part, PartGrads
-from tests.harness.agreement import assert_agrees
+from tests.harness.agreement import assert_agrees, widened
 from tests.harness.bounds import assert_within
 from tests.harness.cases import seeds, textured, textures
 from tests.harness.claims import assert_killed, claimed, planted, schedules
@@ -250,44 +250,45 @@ def check_refusals(op: Any, case: Case) -> None:
 
 def _larger(case: Case, rng: np.random.Generator) -> Case:
     """Return the case with sizes around the kernels' tiles and splits, whole packs of 16 bytes or not."""
+    rank = int(rng.choice(_RANKS))
     kinds = tuple(
-        kind._replace(o=int(rng.choice(_EDGES)) + kind.o % 4, r=int(rng.choice(_RANKS)))
-        for kind in case.kinds
+        kind._replace(o=int(rng.choice(_EDGES)) + kind.o % 4, r=rank - kind.r % 2) for kind in case.kinds
     )
     n, i = (int(size) for size in rng.choice(_EDGES, 2))
     return case._replace(n=n, i=i + case.i % 4, kinds=kinds, texture="normal")
 
 
 _EDGES = (32, 56, 60, 64, 72, 120, 128, 136, 200, 264)
-_RANKS = (1, 8, 16, 17, 50, 100)
+_RANKS = (2, 8, 16, 16, 18, 50, 100)
+
+
+def _agreeing(case: Case, dtype: Any, rng: np.random.Generator) -> tuple[np.ndarray, tuple[Part, ...]]:
+    """Return x and parts whose products are as large as their corrections; some trained ones stored wider."""
+    x, parts = case.arrays(dtype)
+    changed = {f"{p}.weight": part.weight * dtype.type(case.i**-0.5) for p, part in enumerate(parts)}
+    for p, part in enumerate(parts):
+        if part.trained and rng.integers(2):
+            changed[f"{p}.weight"] = changed[f"{p}.weight"].astype("float32")
+            changed[f"{p}.bias"] = None if part.bias is None else part.bias.astype("float32")
+    return x, _parts_with(parts, changed)
 
 
 def check_agreement(op: Any, case: Case) -> None:
     rng = np.random.default_rng(case.seed + 1)
     case, dtype = _larger(case, rng), rng.choice([bfloat16, bfloat16, np.dtype("float32")])
-    x, parts = case.arrays(dtype)
-    # the sums of the weights are as large as the corrections, and what is trained may be stored wider
-    shrunk = 1 / np.sqrt(case.i)
-    parts = _parts_with(
-        parts, {f"{p}.weight": part.weight * dtype.type(shrunk) for p, part in enumerate(parts)}
-    )
-    wider = [p for p, part in enumerate(parts) if part.trained and rng.integers(2)]
-    names = [f"{p}.{name}" for p in wider for name in ("weight", "bias") if parts[p].bias is not None]
-    named = _named(x, parts)
-    parts = _parts_with(parts, {name: named[name].astype("float32") for name in names})
+    x, parts = _agreeing(case, dtype, rng)
     dys = case.cotangents(dtype)
     ys, grads = _run(op, x, parts, dys)
-    exact = {k: None if array is None else array.astype("float64") for k, array in _named(x, parts).items()}
-    ys_exact, exact_grads = _run(
-        lowrank_linear, exact["x"], _parts_with(parts, exact), tuple(dy.astype("float64") for dy in dys)
-    )
+    exact = widened(_named(x, parts) | {f"dy{p}": dy for p, dy in enumerate(dys)})
+    exact_dys = tuple(exact[f"dy{p}"] for p in range(len(dys)))
+    ys_exact, grads_exact = _run(lowrank_linear, exact["x"], _parts_with(parts, exact), exact_dys)
+    assert {y.dtype for y in ys} == {dtype}
+    assert_agrees(grads.x, grads_exact.x, "dx")
     for p, (y, y_exact) in enumerate(zip(ys, ys_exact, strict=True)):
-        assert y.dtype == dtype
         assert_agrees(y, y_exact, f"y of part {p}")
-    assert_agrees(grads.x, exact_grads.x, "dx")
-    for p, (found, expected) in enumerate(zip(grads.parts, exact_grads.parts, strict=True)):
+    for p, (found, expected) in enumerate(zip(grads.parts, grads_exact.parts, strict=True)):
         for name, grad, grad_exact in zip(PartGrads._fields, found, expected, strict=True):
-            assert (grad is None) == (grad_exact is None), f"{name} of part {p}"
+            assert (grad is None) == (grad_exact is None), f"d{name} of part {p}"
             if grad is not None:
                 assert grad.dtype == "float32"
                 assert_agrees(grad, grad_exact, f"d{name} of part {p}", dtype=dtype)
