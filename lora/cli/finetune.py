@@ -15,7 +15,6 @@ from lora.cli.adapters import Pair, adapters_option
 from lora.cli.options import given, output_options
 from lora.cli.output import note, print_facts, print_json, print_table
 from lora.cli.recipe import recipe_option
-from lora.cli.unbuilt import refuse_apr
 from lora.errors import UsageError
 from lora.train.config import FinetuneConfig
 
@@ -48,7 +47,13 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str) -> str | tu
     metavar="FILE",
     help='JSON Lines: {"input", "label"} or "labels", {"text"}, {"messages"} ...',
 )
-@click.option("--output", "-o", metavar="DIR", default=OUTPUT, help="Where the run is written.")
+@click.option(
+    "--output",
+    "-o",
+    metavar="PATH",
+    default=OUTPUT,
+    help="The run's folder; or NAME.apr for its best state, and its folder is NAME-run.",
+)
 @adapters_option
 @recipe_option
 @setting(
@@ -111,6 +116,11 @@ def _targets(ctx: click.Context, param: click.Parameter, value: str) -> str | tu
 )
 @setting("--save-steps", type=int, help="Steps between the states that --resume goes on from.")
 @setting("--save-every", type=int, default="1 up to 5 epochs, else 5", help="Epochs between kept states.")
+@setting(
+    "--checkpoint-format",
+    metavar="[safetensors|apr,safetensors]",
+    help="Of each kept state; with apr, adapter.apr (model.apr) lies beside the safetensors.",
+)
 @setting("--keep", type=int, help="Newest kept states; the best and the last to go on from always stay.")
 @setting(
     "--model-size", metavar="SIZE", help="A published size, for example 0.5B: of MODEL, or in its place."
@@ -152,7 +162,6 @@ def finetune(
     `lora finetune merge` and `lora finetune --merge` are `lora merge`.
     """
     config = FinetuneConfig(**settings)
-    refuse_apr(output, *(folder for _, folder in adapters))
     if adapters:
         _refuse_beside_adapters(
             {"--data": data is not None, "-o": output != OUTPUT or given("output"), "--plan": plan}
@@ -284,9 +293,10 @@ def print_run(run: Run) -> None:
             "Best validation accuracy": f"{best.val_accuracy:.2%}",
             "Early stopping": "yes" if run.stopped_early else "no",
             "Total time": f"{run.total_time_ms / 1000:.1f} s, {run.tokens_per_sec:,.0f} tokens/s",
-            "Format": "safetensors",
+            "Format": run.checkpoint_format,
             "Checkpoints": run.output,
             "Adapter" if run.method == "lora" else "Model": run.best,
+            "APR file": run.apr,
         }
     )
     click.echo("\nNext:")
@@ -296,7 +306,7 @@ def print_run(run: Run) -> None:
 
 def next_commands(run: Run) -> list[str]:
     """Return the commands that a user is likely to want now."""
-    best = shlex.quote(str(run.best))
+    best = shlex.quote(str(run.apr or run.best))
     commands = [f"lora eval {best} --data test.jsonl"]
     if run.task == "classify":
         commands.append(f"lora predict {best} 'a text'")

@@ -14,6 +14,7 @@ Pooling = Literal["mean", "last"]
 Layout = Literal["text", "multimodal"]
 ClassWeights = Literal["auto", "uniform", "sqrt_inverse", "inverse_freq"]
 NOT_BUILT = {"method": ("qlora",)}
+CheckpointFormat = Literal["safetensors", "apr,safetensors"]
 KEPT_EPOCHS = 5  # runs of up to this many epochs keep every epoch's state, longer ones every fifth
 
 
@@ -47,6 +48,7 @@ class FinetuneConfig:
     save_steps: int = 50  # optimizer steps between the states that a killed run goes on from
     save_every: int | None = None  # epochs; None: each of up to 5, else every 5th
     keep: int = 5  # newest states of save_every; the best one and the one to go on from always stay
+    checkpoint_format: CheckpointFormat = "safetensors"  # of each kept state; with apr, as one APR file too
     layout: Layout | None = None  # of the adapter's tensor names; None: the base's own
     model_size: str | None = None  # a published size that the checkpoint must have
     device: str = "cpu"
@@ -100,6 +102,11 @@ class FinetuneConfig:
             ("save_steps", _whole(self.save_steps, 1), "a whole number of 1 or more"),
             ("save_every", self.save_every is None or _whole(self.save_every, 1), "1 or more"),
             ("keep", _whole(self.keep, 1), "a whole number of 1 or more"),
+            (
+                "checkpoint_format",
+                self.checkpoint_format in get_args(CheckpointFormat),
+                " or ".join(get_args(CheckpointFormat)),
+            ),
             ("layout", self.layout in (None, *get_args(Layout)), "text or multimodal"),
             ("device", self.device in ("cpu", "cuda"), "cpu or cuda"),
             ("dtype", self.dtype in ("float64", "float32", "bfloat16"), "float64, float32 or bfloat16"),

@@ -22,6 +22,7 @@ from lora.errors import LoraWarning, MissingFileError, UsageError
 from lora.estimate import Plan, plan
 from lora.io.apr_folder import Folder
 from lora.io.checkpoint import read_config
+from lora.io.convert import folder_to_apr
 from lora.io.hub import require_path, resolve
 from lora.model.head import MULTI_LABEL, SINGLE_LABEL, ClassifierHead, ProblemType
 from lora.model.loading import Base, base_name, open_base
@@ -39,7 +40,7 @@ from lora.train.optimizer import AdamW
 from lora.train.oversampling import oversampled
 from lora.train.recipe import RECIPE_FILE, write_recipe
 from lora.train.run import Run, write_run_file
-from lora.train.run_folder import LAST, RunFolder, refuse_another_run, state_to_resume
+from lora.train.run_folder import LAST, RunFolder, refuse_another_run, run_places, state_to_resume
 from lora.train.state import STATE_FILE, State
 from lora.train.tensorboard import require_tensorboard
 
@@ -85,6 +86,7 @@ class Checked:
 
     prepared: Prepared
     output: Path
+    apr: Path | None  # where its best state goes in the end, beside `output`
     identity: dict[str, Any]
     state: State | None  # that it goes on from
 
@@ -111,6 +113,7 @@ def finetune(
         output: a folder; `best/`, `epoch-N/`, `metrics.jsonl`, `metrics.csv`, `run.json`, `recipe.yaml` and
             the state that a killed run goes on from are written into it.
             `lora.finetune(**lora.read_recipe("recipe.yaml") | {"output": "again"})` repeats the run.
+            NAME.apr is for the best state as one APR file, once the run has ended; its folder is NAME-run.
         resume: go on with the run in `output`, in the bits of a run that never ended on the same machine;
             where none has begun, a new one is started, with a warning.
         allow_data_mismatch: go on though the rows have changed since.
@@ -149,6 +152,7 @@ def check_run(
     """Read and check all that a run needs but the weights; arguments and errors as in `finetune`."""
     if allow_data_mismatch and not resume:
         raise UsageError("allow_data_mismatch belongs to resume")
+    output, apr = run_places(output)
     if not resume:
         refuse_another_run(output)
     prepared = prepare(config, model, data)
@@ -157,12 +161,18 @@ def check_run(
     if state is not None:
         before = state.facts["identity"]
         check_same_run(output, before, identity, allow_data_mismatch=allow_data_mismatch)
-    return Checked(prepared, output, identity, state)
+    elif apr is not None and apr.exists():
+        raise UsageError(f"output = {str(apr)!r} is there, and no run of it is; name another, or remove it")
+    return Checked(prepared, output, apr, identity, state)
 
 
 def train_run(base: Base | Model, checked: Checked, callbacks: Sequence[Callback]) -> Run:
     """Train what was checked: a new model on `base`, or the model that is given."""
-    return _train(_trainable_model(base, checked.prepared), checked, list(callbacks))
+    run = _train(_trainable_model(base, checked.prepared), checked, list(callbacks))
+    if checked.apr is None:
+        return run
+    folder_to_apr(run.best, checked.apr)
+    return replace(run, apr=checked.apr)
 
 
 def prepare(config: FinetuneConfig, model: Model | str | Path, data: Path) -> Prepared:
@@ -349,6 +359,8 @@ def _save(
             write_model_card(folder, model)
         else:
             model.save(folder)
+    if "apr" in config.checkpoint_format:
+        folder_to_apr(folder, folder / ("adapter.apr" if config.method == "lora" else "model.apr"))
 
 
 def _started(loop: Loop, prepared: Prepared, output: Path, *, repeated_rows: int) -> Started:
@@ -413,4 +425,5 @@ def _outcome(started: Started, loop: Loop, seconds: float) -> Run:
         class_names=started.class_names,
         trainable_parameters=started.trainable_parameters,
         truncated_rows=started.truncated_rows,
+        checkpoint_format=loop.config.checkpoint_format,
     )

@@ -31,6 +31,8 @@ class Run:
     class_names: tuple[str, ...]
     trainable_parameters: int
     truncated_rows: int
+    checkpoint_format: str  # of the kept states
+    apr: Path | None = None  # the best state once more, as the one APR file that was asked for
 
     def as_dict(self) -> dict[str, Any]:
         """Return the outcome as JSON values."""
@@ -52,7 +54,8 @@ class Run:
             "class_names": list(self.class_names),
             "checkpoint_dir": str(self.output),
             "best_checkpoint": str(self.best),
-            "checkpoint_format": "safetensors",
+            "checkpoint_format": self.checkpoint_format,
+            "apr_file": None if self.apr is None else str(self.apr),
             "epoch_metrics": [epoch.as_dict() for epoch in self.epochs],
         }
 

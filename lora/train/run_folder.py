@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.errors import FileFormatError, LoraWarning, ValidationError, WriteError
+from lora.io.apr_folder import is_apr
 from lora.io.atomic import remove_folder, remove_partial
 from lora.train.config import FinetuneConfig
 from lora.train.identity import file_hashes
@@ -26,7 +27,13 @@ from lora.train.tensorboard import FOLDER, TensorBoard
 METRICS_FILE, METRICS_CSV = "metrics.jsonl", "metrics.csv"
 BEST, LAST = "best", "last"
 _EPOCH = re.compile(r"epoch-(\d+)")
-_TRAINED = ("*.safetensors", "*.json")  # of a kept state; its card may be written anew by an evaluation
+# of a kept state; its card may be written anew by an evaluation
+_TRAINED = ("*.safetensors", "*.json", "*.apr")
+
+
+def run_places(output: Path) -> tuple[Path, Path | None]:
+    """Return the folder of a run and, where `output` is NAME.apr, that file; the folder is then NAME-run."""
+    return (output.with_name(f"{output.stem}-run"), output) if is_apr(output) else (output, None)
 
 
 def refuse_another_run(folder: Path) -> None:

@@ -13,6 +13,7 @@ from lora.model.loading import open_base
 from lora.train.callbacks import Callback
 from lora.train.finetune import check_run, settings_of_run, train_run
 from lora.train.run import Run
+from lora.train.run_folder import run_places
 
 
 def finetune_each(
@@ -43,7 +44,7 @@ def finetune_each(
         LoraError: as in `finetune`; what has ended stays complete.
     """
     outputs = [Path(output) for _, output in runs]
-    _check_apart(outputs)
+    _check_apart([run_places(output)[0] for output in outputs])
     config = settings_of_run(task, settings)
     going_on = {"resume": resume, "allow_data_mismatch": allow_data_mismatch}
     checked = [

@@ -131,6 +131,58 @@ def test_a_merge_has_the_same_bytes_by_every_way(
     np.testing.assert_array_equal(load(path)(IDS), load(merged)(IDS))
 
 
+def test_the_best_state_is_written_as_the_file_that_was_named(
+    lora, base_apr, adapter, rows, tmp_path
+) -> None:
+    path = tmp_path / "tuned.apr"
+    flags = ("--epochs", 1, "--learning-rate", 0.1, "--pooling", "last", "--no-head-bias")
+    run = ("finetune", base_apr, "-d", rows, "-o", path, *flags)
+    outcome = lora(*run)
+    assert outcome.exit_code == 0
+    assert f"lora merge --adapter {path} -o merged" in outcome.out
+    assert {entry.name for entry in tmp_path.iterdir()} == {"tuned.apr", "tuned-run"}
+    converted = tmp_path / "converted.apr"
+    assert lora("convert", tmp_path / "tuned-run" / "best", converted).exit_code == 0
+    whole = path.read_bytes()
+    assert whole == converted.read_bytes()
+    np.testing.assert_array_equal(load(path)(IDS), load(adapter)(IDS))
+    assert lora(*run).exit_code == 5  # another run
+    path.write_bytes(b"lost")
+    document = lora(*run, "--resume", "--json").document
+    assert document["apr_file"] == str(path)
+    assert path.read_bytes() == whole
+    shutil.rmtree(tmp_path / "tuned-run")
+    for more in ((), ("--resume",)):  # whose file it is, nobody knows any more
+        outcome = lora(*run, *more, "-q")
+        assert (outcome.exit_code, path.read_bytes()) == (2, whole)
+        assert not (tmp_path / "tuned-run").exists()
+
+
+def test_each_of_several_adapters_may_be_a_file(lora, base_apr, rows, texts, tmp_path) -> None:
+    pairs = ("--adapters", f"{rows}:{tmp_path / 'one.apr'}", "--adapters", f"{texts}:{tmp_path / 'two.apr'}")
+    assert lora("finetune", base_apr, *pairs, "--epochs", 1, "-q").exit_code == 0
+    assert load(tmp_path / "one.apr").is_classifier
+    assert not load(tmp_path / "two.apr").is_classifier
+    same = ("--adapters", f"{rows}:{tmp_path / 'x.apr'}", "--adapters", f"{rows}:{tmp_path / 'x-run'}")
+    assert lora("finetune", base_apr, *same, "--epochs", 1, "-q").exit_code == 2
+
+
+@pytest.mark.parametrize(("method", "name"), [("lora", "adapter.apr"), ("full", "model.apr")])
+def test_a_kept_state_may_be_an_apr_file_too(lora, base, rows, tmp_path, method: str, name: str) -> None:
+    flags = ("--method", method, "--epochs", 2, "--checkpoint-format", "apr,safetensors", "--json")
+    outcome = lora("finetune", base, "-d", rows, "-o", tmp_path / "run", *flags)
+    assert outcome.document["checkpoint_format"] == "apr,safetensors"
+    for state in ("best", "epoch-1", "epoch-2"):
+        folder = tmp_path / "run" / state
+        np.testing.assert_array_equal(load(folder / name)(IDS), load(folder)(IDS))
+    raw = bytearray((tmp_path / "run" / "best" / name).read_bytes())
+    raw[-80] ^= 1
+    (tmp_path / "run" / "best" / name).write_bytes(raw)
+    broken = lora("finetune", base, "-d", rows, "-o", tmp_path / "run", *flags, "--resume")
+    assert (broken.exit_code, broken.err.count("\n")) == (4, 1)
+    assert f"{name} changed" in broken.err
+
+
 @pytest.mark.parametrize("what", ["base", "adapter"])
 def test_a_merge_overwrites_no_input(lora, base_apr, adapter_apr, tmp_path, what: str) -> None:
     own = {"base": base_apr, "adapter": adapter_apr}

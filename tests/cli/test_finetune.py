@@ -114,6 +114,7 @@ VALUES = {
     "--label-smoothing": ("0.1", 0.1),
     "--save-steps": ("3", 3),
     "--save-every": ("2", 2),
+    "--checkpoint-format": ("apr,safetensors", "apr,safetensors"),
     "--keep": ("2", 2),
     "--dtype": ("float64", "float64"),
     "--layout": ("text", "text"),
@@ -198,13 +199,6 @@ def test_what_is_not_built_is_refused_by_name(lora) -> None:
     assert outcome.exit_code == 5
     assert "qlora" in outcome.err
     assert "not built" in outcome.err
-
-
-def test_an_apr_file_is_no_folder_for_a_run(lora) -> None:
-    outcome = lora("finetune", "base", "-o", "adapter.apr", "--data", "none.jsonl")
-    assert outcome.exit_code == 5
-    assert "adapter.apr" in outcome.err
-    assert "lora convert" in outcome.err
 
 
 @pytest.mark.parametrize(
