@@ -13,6 +13,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lora import blas_start
 from lora.errors import (
     AdapterError,
     ContractError,
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from lora.train.recipe import read_recipe
     from lora.train.run import Run
     from lora.train.several import finetune_each
+
+blas_start.prepare()
 
 __version__ = "0.1.0"
 
