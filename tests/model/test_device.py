@@ -1,25 +1,28 @@
-"""A model trains, is judged, merged, saved and asked on a device, through the code that the host runs.
-
-Each test runs on a device that is emulated, and with --gpu on a GPU.
-"""
+"""Attempts to falsify contracts/training/device.yaml, on an emulated device and, with --gpu, on a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 import lora
+import lora.io.peft
+import lora.model.merging
+import lora.train.state
 from lora.backend import array_module, bfloat16, to_host
+from lora.backend.device import on_device
+from lora.contracts import training_contract
 from lora.data.packed import Packed, pack, pack_causal
 from lora.dispatch import REFERENCE
 from lora.errors import LoraWarning, UnsupportedError
 from lora.io.save_checkpoint import save_checkpoint
-from lora.model.loading import open_base
+from lora.model.loading import Base, open_base
 from lora.model.model import Model
 from lora.train.evaluate import class_probabilities
 from lora.train.optimizer import AdamW
@@ -28,8 +31,10 @@ from lora.train.step import train_step
 from tests.emulator import requires_emulator
 from tests.emulator.device import emulated_device
 from tests.harness.bounds import relative
+from tests.harness.claims import claimed, planted
 from tests.harness.models import TINY_QWEN2, random_weights
 
+CONTRACT = training_contract("device")
 CONFIG = TINY_QWEN2 | {
     "num_hidden_layers": 2,
     "hidden_size": 64,
@@ -110,18 +115,101 @@ def distance(found: dict[str, Any], expected: dict[str, Any]) -> float:
     )
 
 
-def check_it_follows(device: str, base: Path, *, classify: bool) -> None:
-    batch = batch_of(classify=classify)
-    model, judge = model_on(device, base, classify=classify), reference(base, classify=classify)
-    assert distance(model.step(batch).gradients, judge.step(batch).gradients) < AGREES
-    np.testing.assert_allclose(
-        ten_steps(model, classify=classify), ten_steps(judge, classify=classify), **FOLLOWS
-    )
+def assert_same_bits(on_device: dict[str, Any], on_host: dict[str, Any]) -> None:
+    assert on_device.keys() == on_host.keys()
+    for name, array in on_device.items():
+        np.testing.assert_array_equal(to_host(array), to_host(on_host[name]), err_msg=name)
 
 
-@pytest.mark.parametrize("classify", [False, True])
-def test_ten_steps_follow_the_reference(device: str, base: Path, classify: bool) -> None:
-    check_it_follows(device, base, classify=classify)
+def check_it_follows(device: str, base: Path, folder: Path) -> None:
+    for classify in (False, True):
+        batch = batch_of(classify=classify)
+        model, judge = model_on(device, base, classify=classify), reference(base, classify=classify)
+        assert distance(model.step(batch).gradients, judge.step(batch).gradients) < AGREES
+        losses = (ten_steps(each, classify=classify) for each in (model, judge))
+        np.testing.assert_allclose(*losses, **FOLLOWS)
+
+
+def check_every_weight_is_trained(device: str, base: Path, folder: Path) -> None:
+    model, judge = (lora.load(base, device=each, dtype="bfloat16") for each in (device, "cpu"))
+    judge.ops = REFERENCE
+    for each in (model, judge):
+        each.train_all()
+    found, expected = (each.step(batch_of(classify=False)).gradients for each in (model, judge))
+    assert distance(found, expected) < AGREES
+
+
+def check_it_comes_back(device: str, base: Path, folder: Path) -> None:
+    for classify in (False, True):
+        model = model_on(device, base, classify=classify)
+        losses = ten_steps(model, classify=classify)
+        assert losses[-1] < losses[0] / 1.5
+        found = outputs(model)
+        with noted(classify):
+            model.save_adapter(folder / "adapter")
+        again = lora.load(folder / "adapter", dtype="bfloat16")
+        assert_same_bits(model.trainable(), again.trainable())
+        assert relative(outputs(again), found) < AGREES
+        assert model.merge_adapter().max_logit_difference < 0.25
+        assert relative(outputs(model), found) < AGREES
+        with noted(classify):
+            model.save(folder / "merged")
+        whole = lora.load(folder / "merged", dtype="bfloat16")
+        assert_same_bits(model.parameters.weights, whole.parameters.weights)
+        model.unmerge_adapter()
+        assert relative(outputs(model), found) == 0
+
+
+def check_it_continues(device: str, base: Path, folder: Path) -> None:
+    # a model that minds what it attends to
+    sharp = {name: array.astype(bfloat16) for name, array in random_weights(CONFIG).items()}
+    save_checkpoint(folder / "sharp", sharp, CONFIG)
+    model = lora.load(folder / "sharp", device=device, dtype="bfloat16")
+    ids, mask = np.ones((3, 17), int), np.zeros((3, 17), int)
+    for row, sequence in enumerate(SEQUENCES):
+        ids[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
+    for prompt, new in zip(SEQUENCES, model.generate(ids, 8, mask), strict=True):
+        logits = to_host(model(np.concatenate([prompt, new])[None]))[0, len(prompt) - 1 : -1]
+        chosen = logits[np.arange(len(new)), new]
+        # a tie may be broken otherwise: over a cache the sums are taken in another order
+        assert (logits.max(axis=1) - chosen < 0.1).all()
+
+
+def check_it_goes_on(device: str, base: Path, folder: Path) -> None:
+    batch = batch_of(classify=True)
+    model, again = (model_on(device, base, classify=True) for _ in range(2))
+    optimizer, resumed = (AdamW(each, lr=5e-3) for each in (model, again))
+    optimizer.step(model.step(batch).gradients)
+    write_state(folder / "state", optimizer, {})
+    optimizer.step(model.step(batch).gradients)
+    restore(read_state(folder / "state"), resumed)
+    resumed.step(again.step(batch).gradients)
+    assert_same_bits(model.trainable(), again.trainable())
+
+
+def check_models_share(device: str, base: Path, folder: Path) -> None:
+    opened = open_base(base, device, "bfloat16")
+    one, two = opened.model(), opened.model(num_labels=2)
+    for name, array in one.parameters.weights.items():
+        assert array_module(array) is not np
+        assert array.dtype == bfloat16
+        assert two.parameters.weights[name] is array
+    assert two.parameters.weights["score.weight"].dtype == np.float32
+
+
+CHECKS = {
+    "DEVICE-001": check_it_follows,
+    "DEVICE-002": check_every_weight_is_trained,
+    "DEVICE-003": check_it_comes_back,
+    "DEVICE-004": check_it_continues,
+    "DEVICE-005": check_it_goes_on,
+    "DEVICE-006": check_models_share,
+}
+
+
+@pytest.mark.parametrize("check", claimed(CHECKS))
+def test_claim(check: Any, device: str, base: Path, tmp_path: Path) -> None:
+    check(device, base, tmp_path)
 
 
 @requires_emulator
@@ -133,94 +221,48 @@ def test_the_order_of_threads_changes_no_bit(base: Path) -> None:
     assert losses[0] == losses[1]
 
 
-BUGS = {
-    "attends one token ahead": ("attention.cuh", "place > diagonal :", "place > diagonal + 1 :"),
-    "rotates twice": ("rope.cu", "sine = sign * s[i]", "sine = s[i]"),
-    "forgets the scale of an adapter": ("lowrank_linear.cu", "<T>(scale * sum)", "<T>(sum)"),
-    "leaves out the factor that clips": ("adamw.cu", "g[j] *= factor;", ""),
+def _kernel_bug(*edit: str) -> Any:
+    return lambda: emulated_device(edits=[edit])
+
+
+def _bug(owner: Any, name: str, wrong: Any) -> Any:
+    @contextmanager
+    def planted_there() -> Iterator[None]:
+        with emulated_device(), patch.object(owner, name, wrong):
+            yield
+
+    return planted_there
+
+
+def _parameters_alone(optimizer: AdamW) -> dict[str, Any]:
+    return {f"parameters/{name}": array for name, array in optimizer.model.trainable().items()}
+
+
+MUTANTS = {
+    "attends_one_token_ahead": _kernel_bug("attention.cuh", "place > diagonal :", "place > diagonal + 1 :"),
+    "rotates_twice": _kernel_bug("rope.cu", "sine = sign * s[i]", "sine = s[i]"),
+    "forgets_the_scale_of_an_adapter": _kernel_bug("lowrank_linear.cu", "<T>(scale * sum)", "<T>(sum)"),
+    "leaves_out_the_factor_that_clips": _kernel_bug("adamw.cu", "g[j] *= factor;", ""),
+    "loses_the_first_token_of_a_row": _kernel_bug("embedding.cu", "m = chunk; m", "m = chunk + 1; m"),
+    "rounds_what_is_saved": _bug(
+        lora.io.peft, "to_host", lambda array: to_host(array).astype(bfloat16).astype("float32")
+    ),
+    "keeps_the_merge": _bug(lora.model.merging, "unmerge", lambda parameters, originals: None),
+    "leaves_the_newest_token_out": _kernel_bug(
+        "cached_attention.cu", "token < length;", "token < length - 1;"
+    ),
+    "forgets_the_moments": _bug(lora.train.state, "_live", _parameters_alone),
+    "moves_weights_for_each_model": _bug(
+        Base, "_placed", lambda self, name, array: on_device(array, self.device)
+    ),
 }
 
 
 @requires_emulator
-@pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
-def test_a_planted_bug_is_seen(base: Path, bug: tuple[str, str, str]) -> None:
-    with emulated_device(edits=[bug]), pytest.raises(AssertionError):
-        check_it_follows("cuda", base, classify=False)
-
-
-def test_every_weight_is_trained_there(device: str, base: Path) -> None:
-    models = [
-        lora.load(base, device=device, dtype="bfloat16"),
-        lora.load(base, dtype="bfloat16"),
-    ]
-    models[1].ops = REFERENCE
-    for model in models:
-        model.train_all()
-    found, expected = (model.step(batch_of(classify=False)).gradients for model in models)
-    assert distance(found, expected) < AGREES
-
-
-@pytest.mark.parametrize("classify", [False, True])
-def test_what_is_trained_there_is_the_same_here(
-    device: str, base: Path, tmp_path: Path, classify: bool
-) -> None:
-    model = model_on(device, base, classify=classify)
-    losses = ten_steps(model, classify=classify)
-    assert losses[-1] < losses[0] / 1.5
-    found = outputs(model)
-    with noted(classify):
-        model.save_adapter(tmp_path / "adapter")
-    again = lora.load(tmp_path / "adapter", dtype="bfloat16")
-    for name, array in model.trainable().items():
-        # not a bit is lost on the way from the device to the host
-        np.testing.assert_array_equal(to_host(array), again.trainable()[name], err_msg=name)
-    assert relative(outputs(again), found) < AGREES
-    assert model.merge_adapter().max_logit_difference < 0.25
-    assert relative(outputs(model), found) < AGREES
-    with noted(classify):
-        model.save(tmp_path / "merged")
-    whole = lora.load(tmp_path / "merged", dtype="bfloat16")
-    for name, array in model.parameters.weights.items():
-        np.testing.assert_array_equal(to_host(array), whole.parameters.weights[name], err_msg=name)
-    model.unmerge_adapter()
-    assert relative(outputs(model), found) == 0
-
-
-def test_what_is_generated_is_what_the_logits_say(device: str, base: Path) -> None:
-    model = model_on(device, base, classify=False)
-    ids, mask = np.ones((3, 17), int), np.zeros((3, 17), int)
-    for row, sequence in enumerate(SEQUENCES):
-        ids[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
-    for prompt, new in zip(SEQUENCES, model.generate(ids, 6, mask), strict=True):
-        logits = to_host(model(np.concatenate([prompt, new])[None]))[0, len(prompt) - 1 : -1]
-        chosen = logits[np.arange(len(new)), new]
-        # a tie may be broken otherwise: over a cache the sums are taken in another order
-        assert (logits.max(axis=1) - chosen < 0.1).all()
-
-
-def test_a_state_goes_on_there_bit_for_bit(device: str, base: Path, tmp_path: Path) -> None:
-    batch = batch_of(classify=True)
-    model = model_on(device, base, classify=True)
-    optimizer = AdamW(model, lr=5e-3)
-    optimizer.step(model.step(batch).gradients)
-    write_state(tmp_path / "state", optimizer, {})
-    optimizer.step(model.step(batch).gradients)
-    again = model_on(device, base, classify=True)
-    resumed = AdamW(again, lr=5e-3)
-    restore(read_state(tmp_path / "state"), resumed)
-    resumed.step(again.step(batch).gradients)
-    for name, array in model.trainable().items():
-        np.testing.assert_array_equal(to_host(array), to_host(again.trainable()[name]), err_msg=name)
-
-
-def test_models_of_one_base_share_what_lies_there(device: str, base: Path) -> None:
-    opened = open_base(base, device, "bfloat16")
-    one, two = opened.model(), opened.model(num_labels=2)
-    for name, array in one.parameters.weights.items():
-        assert array_module(array) is not np
-        assert array.dtype == bfloat16
-        assert two.parameters.weights[name] is array
-    assert two.parameters.weights["score.weight"].dtype == np.float32
+@pytest.mark.parametrize(("check", "mutant"), planted(CONTRACT, CHECKS, MUTANTS))
+def test_planted_bug_is_killed(check: Any, mutant: Any, base: Path, tmp_path: Path) -> None:
+    with mutant(), pytest.raises(AssertionError):
+        check("cuda", base, tmp_path)
 
 
 def test_another_precision_is_refused(device: str, base: Path) -> None:
