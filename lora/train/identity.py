@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora.backend import blas_facts
+from lora.backend.device_facts import device_facts
 from lora.errors import LoraWarning, ValidationError
 from lora.io.apr_folder import AprFolder, Folder
 from lora.model.model import Model
@@ -47,20 +48,24 @@ def run_identity(prepared: Prepared, model: Model | str | Path) -> dict[str, dic
         "classes": {"names": prepared.class_names, "problem_type": prepared.problem_type},
         "data": {"sha256": file_hash(prepared.data_path)},
         "base": base_hashes(prepared.folder),
-        "arithmetic": arithmetic_facts(),
+        "arithmetic": arithmetic_facts(config.device),
     }
     # as it will be read back: a tuple is a list there
     return json.loads(json.dumps(identity))
 
 
-def arithmetic_facts() -> dict[str, Any]:
-    """Return what else decides the last bits of a product or a root, by name."""
+def arithmetic_facts(device: str) -> dict[str, Any]:
+    """Return what else decides the last bits of a product or a root on `device`, by name."""
     from lora import __version__
 
     build = np.show_config(mode="dicts")
     simd = build["SIMD Extensions"]["found"] if isinstance(build, dict) else []
     blas = {f"BLAS {name}": value for name, value in blas_facts().items()}
-    return {"lora": __version__, "NumPy": np.__version__, **blas, "SIMD of NumPy": " ".join(simd)}
+    facts = {"lora": __version__, "NumPy": np.__version__, **blas, "SIMD of NumPy": " ".join(simd)}
+    if device == "cuda":
+        there = device_facts()
+        facts |= {"GPU": there.gpu, "driver": there.cuda_driver, "NVRTC": there.nvrtc, "cuBLAS": there.cublas}
+    return facts
 
 
 def check_same_run(

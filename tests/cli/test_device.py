@@ -38,9 +38,10 @@ def test_a_classifier_is_trained_there_and_says_what_ran(lora: Any, narrow: Path
         there = lora("eval", run / "best", "-d", rows, *ON_DEVICE, "--json").document
     here = lora("eval", run / "best", "-d", rows, "--dtype", "bfloat16", "--json").document
     assert there["accuracy"] == pytest.approx(here["accuracy"], abs=0.05)
-    operations = json.loads((run / "run.json").read_text())["operations"]
-    assert {choice["implementation"] for choice in operations} == {"cuda"}
-    assert all(choice["reason"].startswith("compiled from kernels/") for choice in operations)
+    record = json.loads((run / "run.json").read_text())
+    assert {choice["implementation"] for choice in record["operations"]} == {"cuda"}
+    assert all(choice["reason"].startswith("compiled from kernels/") for choice in record["operations"])
+    assert record["parts"][0]["GPU"] == "Fake H100"
 
 
 def test_a_language_model_is_trained_there_and_asked(lora: Any, narrow: Path, tmp_path: Path) -> None:
