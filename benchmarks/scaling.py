@@ -74,7 +74,8 @@ AXES: dict[str, list[Point]] = {
     "length": [Point(rows=1, tokens=tokens) for tokens in (512, 1024, 2048, 4096)],
     "layers": [Point(layers=layers) for layers in (2, 4, 8, 16)],
     "rank": [Point(rank=rank) for rank in (16, 32, 64, 128, 256)],
-    "vocabulary": [Point(vocabulary=vocabulary) for vocabulary in (4096, 8192, 16384, 32768, 65536)],
+    # below 16,384 logits fit the caches, and growing out of those would pass for a larger exponent
+    "vocabulary": [Point(vocabulary=vocabulary) for vocabulary in (16384, 32768, 65536, 131072)],
 }
 
 
