@@ -71,11 +71,7 @@ def read_examples(
             of which are listed by line (a label out of range as F-CLASS-002).
     """
     examples, problems = read_parsed(path, _parse)
-    examples = _of_one_kind(examples, problems)
-    names = _inferred_names(examples, num_classes) if class_names is None else tuple(class_names)
-    labels = _indices(examples, names, problems)
-    problems.raise_any()
-    _check_count(path, names, num_classes)
+    names, labels = _indexed(path, examples, problems, class_names, num_classes)
     return ClassifyData(tuple(e.text for e in examples), labels, names, tuple(e.line for e in examples))
 
 
@@ -89,11 +85,7 @@ def read_multi_label(
     """
     rows, problems = read_parsed(path, _parse_labels)
     examples = [_Example(row.text, label, row.line) for row in rows for label in row.labels]
-    examples = _of_one_kind(examples, problems)
-    names = _inferred_names(examples, num_classes) if class_names is None else tuple(class_names)
-    indices = _indices(examples, names, problems)
-    problems.raise_any()
-    _check_count(path, names, num_classes)
+    names, indices = _indexed(path, examples, problems, class_names, num_classes)
     labels = np.zeros((len(rows), len(names)), np.int64)
     labels[np.repeat(np.arange(len(rows)), [len(row.labels) for row in rows]), indices] = 1
     return ClassifyData(tuple(row.text for row in rows), labels, names, tuple(row.line for row in rows))
@@ -121,6 +113,22 @@ def _label(name: str, label: Any) -> int | str:
     if label == "":
         raise RowError(f"{name!r}: expected a class name, found an empty string")
     return label
+
+
+def _indexed(
+    path: str | Path,
+    examples: list[_Example],
+    problems: Problems,
+    class_names: Sequence[str] | None,
+    num_classes: int | None,
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the class names, and the index of each example's, [n] int64; raise all problems."""
+    same = _of_one_kind(examples, problems)
+    names = _inferred_names(same, num_classes) if class_names is None else tuple(class_names)
+    indices = _indices(same, names, problems)
+    problems.raise_any()
+    _check_count(path, names, num_classes)
+    return names, indices
 
 
 def _of_one_kind(examples: list[_Example], problems: Problems) -> list[_Example]:

@@ -190,7 +190,10 @@ def prepare(config: FinetuneConfig, model: Model | str | Path, data: Path) -> Pr
         raise UsageError("oversample repeats the rows of rare classes: expected task = 'classify'")
     if config.method == "head" and config.task != "classify":
         raise UsageError("method = 'head' trains a classifier's head alone: expected task = 'classify'")
-    rows = read_data(data, str(config.task), num_classes=config.num_classes)
+    head = model.head if isinstance(model, Model) else None
+    # a loaded classifier's head has its own order of classes, which that of the file's names may not be
+    names = head.class_names if isinstance(head, ClassifierHead) else None
+    rows = read_data(data, str(config.task), class_names=names, num_classes=config.num_classes)
     if isinstance(rows, ClassifyData) and rows.is_multi_label:
         _check_multi_label(config)
     folder = model.checkpoint.folder if isinstance(model, Model) else resolve(model)

@@ -11,6 +11,7 @@ import pytest
 import lora
 from lora.model import loading
 from lora.train.callbacks import Callback
+from lora.train.evaluate import evaluate, read_examples_for
 from lora.train.recipe import read_recipe
 from tests.cli.conftest import LABELLED, TEXTS, write_base
 from tests.data.files import write_jsonl
@@ -138,3 +139,15 @@ def test_a_loaded_model_trains_one_named_adapter_after_another(
     before = model([[1, 2, 3]])
     model.set_adapter("texts")
     assert np.abs(model([[1, 2, 3]]) - before).max() > 0
+
+
+def test_a_loaded_head_keeps_the_order_of_its_classes(base: Path, data: list[Path], tmp_path: Path) -> None:
+    turned = lora.load(base, class_names=["good", "bad"], pooling="last", head_bias=False)
+    learned = {**QUICK, "epochs": 12, "learning_rate": 0.03}
+    run = lora.finetune(turned, data[0], output=tmp_path / "turned", **learned)
+    model = lora.load(run.best)
+    assert run.class_names == model.head.class_names == ("good", "bad")
+    # in the order of the file's names, each class would have been trained as the other
+    assert evaluate(model, read_examples_for(model, data[0], 512)).accuracy > 0.9
+    with pytest.raises(lora.DataError, match="F-CLASS-002: label 'bad' at line 1 is none of"):
+        lora.finetune(lora.load(base, num_labels=2), data[0], output=tmp_path / "other", **QUICK)
