@@ -1,20 +1,28 @@
-"""Several adapters on one base: the bytes of runs of their own, one load, and nothing half begun."""
+"""Attempts to falsify contracts/training/several.yaml: several adapters on one base that is loaded once."""
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import lora
+from lora.contracts import training_contract
 from lora.model import loading
 from lora.train.callbacks import Callback
 from lora.train.evaluate import evaluate, read_examples_for
 from lora.train.recipe import read_recipe
 from tests.cli.conftest import LABELLED, TEXTS, write_base
 from tests.data.files import write_jsonl
+from tests.harness.claims import assert_killed, claimed, planted
 
 QUICK: dict[str, Any] = {"method": "lora", "rank": 2, "epochs": 2, "batch_size": 8, "learning_rate": 0.01}
 THREE = [{"input": f"row {i} of three", "label": i % 3} for i in range(12)]
@@ -123,6 +131,146 @@ def test_each_run_needs_a_folder_of_its_own(
 ) -> None:
     with pytest.raises(lora.UsageError, match=r"expected at least one|a folder of its own"):
         lora.finetune_each(base, [(data[0], tmp_path / output) for output in outputs], **QUICK)
+
+
+CONTRACT = training_contract("several")
+SAME = (
+    "two",
+    "others",
+    "more",
+)  # data sets of the same two classes: a model of one takes the rows of another
+CASES = st.permutations(range(len(SAME))).flatmap(
+    lambda order: st.integers(*CONTRACT.domain["data_sets"]).map(lambda count: tuple(order[:count]))
+)
+
+
+@cache
+def shared() -> Path:
+    """Return a folder with a base, and a file of rows for each of `SAME`, written once."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_base(folder / "base")
+    for number, name in enumerate(SAME):
+        write_jsonl(
+            folder / f"{name}.jsonl", [{**row, "input": row["input"] * (1 + number)} for row in LABELLED]
+        )
+    return folder
+
+
+@cache
+def alone(name: str) -> dict[str, bytes]:
+    """Return the states of a run of its own."""
+    output = shared() / "alone" / name
+    lora.finetune(shared() / "base", shared() / f"{name}.jsonl", output=output, **QUICK)
+    return states(output)
+
+
+def runs_of(case: tuple[int, ...], folder: Path) -> list[tuple[Path, Path]]:
+    return [(shared() / f"{SAME[i]}.jsonl", folder / SAME[i]) for i in case]
+
+
+def check_bytes(system: Any, case: tuple[int, ...]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        runs = runs_of(case, Path(folder))
+        system(shared() / "base", runs, **QUICK)
+        for _, output in runs:
+            assert states(output) == alone(output.name)
+
+
+def check_nothing_before_all_is_checked(system: Any, case: tuple[int, ...]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        bad = write_jsonl(folder / "bad.jsonl", [{"input": "a", "label": "b"}, {"input": "a"}])
+        runs = [*runs_of(case, folder / "runs"), (bad, folder / "runs" / "bad")]
+        refused = None
+        try:
+            system(shared() / "base", runs, **QUICK)
+        except lora.DataError as error:
+            refused = error
+        assert "line 2" in str(refused)
+        assert not (folder / "runs").exists()
+
+
+def check_failure(system: Any, case: tuple[int, ...]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder, failed = Path(name), False
+        runs = runs_of(case, folder / "runs")
+        ended, (_, broken), left = runs[:1], runs[1], runs[2:]
+        said = Said(fails=broken)
+        try:
+            system(shared() / "base", runs, callbacks=[said], **QUICK)
+        except KeyboardInterrupt:
+            failed = True
+        assert failed
+        assert all(states(output) == alone(output.name) for _, output in ended)
+        assert not any(output.exists() for _, output in left)
+        assert any(f"complete: {ended[0][1]}" in message for message in said.messages)
+
+
+CHECKS = {
+    "SEVERAL-001": check_bytes,
+    "SEVERAL-002": check_nothing_before_all_is_checked,
+    "SEVERAL-003": check_failure,
+}
+
+
+@pytest.mark.parametrize("check", claimed(CHECKS))
+@settings(max_examples=3, deadline=None)
+@given(case=CASES)
+def test_claim(check: Any, case: tuple[int, ...]) -> None:
+    check(lora.finetune_each, case)
+
+
+def _goes_on_with_the_adapter(base: Path, runs: Any, **named: Any) -> None:
+    model = lora.load(base, class_names=["bad", "good"], seed=42)
+    for data, output in runs:
+        lora.finetune(model, data, output=output, **named)
+
+
+def _moves_the_seed(base: Path, runs: Any, **named: Any) -> None:
+    for number, (data, output) in enumerate(runs):
+        lora.finetune(base, data, output=output, seed=42 + number, **named)
+
+
+def _writes_all_into_the_last(base: Path, runs: Any, **named: Any) -> None:
+    lora.finetune_each(
+        base, [(data, output) for (data, _), (_, output) in zip(runs, runs[::-1], strict=True)], **named
+    )
+
+
+def _checks_as_it_goes(base: Path, runs: Any, **named: Any) -> None:
+    for data, output in runs:
+        lora.finetune(base, data, output=output, **named)
+
+
+def _drops_the_bad_file(base: Path, runs: Any, **named: Any) -> None:
+    lora.finetune_each(base, [run for run in runs if run[0].stem != "bad"], **named)
+
+
+def _goes_on_after_a_failure(base: Path, runs: Any, **named: Any) -> None:
+    failure = None
+    for data, output in runs:
+        try:
+            lora.finetune_each(base, [(data, output)], **named)
+        except KeyboardInterrupt as error:
+            failure = error
+    if failure is not None:
+        raise failure
+
+
+MUTANTS = {
+    "goes_on_with_the_adapter": _goes_on_with_the_adapter,
+    "moves_the_seed": _moves_the_seed,
+    "writes_all_into_the_last": _writes_all_into_the_last,
+    "checks_as_it_goes": _checks_as_it_goes,
+    "drops_the_bad_file": _drops_the_bad_file,
+    "goes_on_after_a_failure": _goes_on_after_a_failure,
+}
+
+
+@pytest.mark.parametrize(("check", "mutant"), planted(CONTRACT, CHECKS, MUTANTS))
+def test_planted_bug_is_killed(check: Any, mutant: Any) -> None:
+    assert_killed(check, mutant, CASES)
 
 
 def test_a_loaded_model_trains_one_named_adapter_after_another(
