@@ -19,7 +19,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def resolve(name: str | os.PathLike[str]) -> Folder:
     """Return the folder of the checkpoint or adapter `name`; an id is looked up in the cache, then fetched.
 
-    A name is a path when it is absolute, starts with a dot, exists, or has more than one slash.
+    A name is a path when it is absolute, starts with a dot, exists, has more than one slash or ends in .apr.
 
     Raises:
         MissingFileError: the path does not exist.
@@ -56,7 +56,8 @@ def is_path(name: str | os.PathLike[str]) -> bool:
     if not isinstance(name, str):
         return True  # a Path has lost the dot that "./x" had
     path = Path(name)
-    return path.is_absolute() or name.startswith(".") or path.exists() or name.count("/") > 1
+    formed = path.is_absolute() or name.startswith(".") or name.count("/") > 1 or is_apr(name)
+    return formed or path.exists()
 
 
 def _from_hub(name: str) -> Path:

@@ -134,7 +134,7 @@ def test_a_full_command_line_can_be_planned_and_writes_nothing(lora, base, rows,
         (["--model-size", "0.5B", "--vram", "0"], 2),
         (["--model-size", "0.5B", "--method", "lora", "--targets", "no_such"], 5),
         (["--model-size", "0.5B", "--method", "qlora"], 5),
-        (["./model.apr"], 3),
+        (["model.apr"], 3),
     ],
 )
 def test_what_cannot_be_planned(lora, arguments: list[str], exit_code: int) -> None:

@@ -109,7 +109,7 @@ def test_what_cannot_be_predicted_is_refused(lora, base, adapter, rows, tmp_path
     assert lora("predict", adapter, "--data", tmp_path / "nothing.txt").exit_code == 3
     assert lora("predict", adapter, "--data", tmp_path / "nothing.jsonl").exit_code == 3
     assert lora("predict", tmp_path / "nothing", "text").exit_code == 3
-    assert lora("predict", "./model.apr", "text").exit_code == 3
+    assert lora("predict", "model.apr", "text").exit_code == 3
     no_input = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a"}])
     assert lora("predict", adapter, "--data", no_input).exit_code == 5
     outcome = lora("predict", base, "text")

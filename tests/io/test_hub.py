@@ -56,7 +56,7 @@ def play(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> Hub:
     return hub
 
 
-@pytest.mark.parametrize("name", ["/a", "./a", "../a", ".", "a/b/c", "a/b/"])
+@pytest.mark.parametrize("name", ["/a", "./a", "../a", ".", "a/b/c", "a/b/", "model.apr"])
 def test_paths_by_their_form(name: str) -> None:
     assert is_path(name)
 
