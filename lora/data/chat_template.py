@@ -60,13 +60,15 @@ _FAILURES = (
 class ChatTemplate:
     """A compiled template, and the special tokens that it may name."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
-        """Compile `source`.
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str] | None = None, *, stands_in: bool = False
+    ) -> None:
+        """Compile `source`; `stands_in` where it is not the checkpoint's own.
 
         Raises:
             FileFormatError: it is not Jinja.
         """
-        self.source = source
+        self.source, self.stands_in = source, stands_in
         self._special_tokens = dict(special_tokens or {})
         environment = _environment()
         try:
@@ -87,7 +89,8 @@ class ChatTemplate:
         config = read_object(folder / "tokenizer_config.json")
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         tokens = {name: _token(config[name]) for name in names if config.get(name) is not None}
-        return cls(_source(folder, config), tokens)
+        source = _source(folder, config)
+        return cls(CHATML if source is None else source, tokens, stands_in=source is None)
 
     def render(
         self,
@@ -234,13 +237,13 @@ def _tojson(
     return "".join(parts)
 
 
-def _source(folder: Folder, config: Mapping[str, Any]) -> str:
+def _source(folder: Folder, config: Mapping[str, Any]) -> str | None:
     text = folder / "chat_template.jinja"
     if text.is_file():
         return _read_text(text)
     stored = read_object(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
     if stored is None:
-        return CHATML
+        return None
     if isinstance(stored, list):  # several, by name
         named = [item for item in stored if isinstance(item, dict) and item.get("name") == "default"]
         stored = named[0].get("template") if named else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,7 +20,7 @@ from lora.data.packed import IGNORED, Packed, pack, pack_causal
 from lora.data.rows import SHOWN, scan_jsonl
 from lora.data.supervision import supervise, token_labels
 from lora.data.tokenizer import Tokenizer
-from lora.errors import DataError, FileFormatError
+from lora.errors import DataError, FileFormatError, LoraWarning
 
 TASKS_BY_FIELD = {
     "label": "classify",
@@ -166,6 +167,9 @@ def tokenise(
         DataError: a row holds no token, or a causal row only one: there is nothing to predict.
             Or an instruction's row that the template fails on, or of which nothing learned is left.
         FileFormatError: the template takes more steps than one row may.
+
+    Warns:
+        LoraWarning: conversations are written in ChatML, for want of a template of the checkpoint's own.
     """
     if isinstance(data, InstructData):
         return _tokenise_instructions(data, tokenizer, max_seq_len, template or ChatTemplate(CHATML))
@@ -181,6 +185,12 @@ def tokenise(
 def _tokenise_instructions(
     data: InstructData, tokenizer: Tokenizer, max_seq_len: int, template: ChatTemplate
 ) -> Examples:
+    if template.stands_in and any(dialogue.messages for dialogue in data.dialogues):
+        warnings.warn(
+            "the checkpoint has no chat template: conversations are written in ChatML",
+            LoraWarning,
+            stacklevel=3,
+        )
     rows, problems = [], []
     for dialogue, line in zip(data.dialogues, data.lines, strict=True):
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lora.errors import LoraWarning
 from lora.io.lora_config import LoraConfig
 from lora.model.loading import load
 from lora.train.evaluate import evaluate, read_examples_for
@@ -91,7 +92,8 @@ def memorised(base, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("memorised")
     data = write_jsonl(folder / "rows.jsonl", 8 * [{"prompt": "up? ", "completion": "no"}, *KNOWN])
     settings = {"learning_rate": 0.02, "warmup": 0.0, "batch_size": 8, "epochs": 12, "save_every": 99}
-    return finetune(base, data, output=folder / "run", method="full", **settings).best
+    with pytest.warns(LoraWarning, match="no chat template"):
+        return finetune(base, data, output=folder / "run", method="full", **settings).best
 
 
 def test_answers_are_compared_with_the_rows(lora, memorised, tmp_path) -> None:

@@ -116,3 +116,13 @@ def test_prompts_learn_their_completion_and_its_end(lora, base, tmp_path) -> Non
     data = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "1+1=", "completion": "2"}])
     shown = lora("inspect", "data", data, "--model", base, "--json").document
     assert shown["rows"][0]["text"] == "1+1=【2<|endoftext|>】"
+
+
+def test_a_template_that_stands_in_is_said_once(lora, own_base, dialogues) -> None:
+    view = ("inspect", "data", dialogues, "--model", own_base, "-n", "1")
+    said = "note: the checkpoint has no chat template: conversations are written in ChatML\n"
+    assert lora(*view).err == said
+    prompts = write_jsonl(dialogues.with_name("prompts.jsonl"), [{"prompt": "a", "completion": "b"}])
+    assert lora("inspect", "data", prompts, "--model", own_base).err == ""
+    (own_base / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    assert said not in lora(*view).err

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 import lora
 from lora.backend import bfloat16
 from lora.contracts import training_contract
+from lora.data.chat_template import CHATML
 from lora.errors import FileFormatError, LoraError, LoraWarning, ValidationError
 from lora.train import finetune as room
 from lora.train import identity as identity_room
@@ -105,6 +106,7 @@ def inputs(task: str = "classify") -> tuple[Path, Path]:
     base = tokenizer_folder(
         write_model(folder / "base", CONFIG | {"torch_dtype": "bfloat16"}, dtype=bfloat16)
     )
+    (base / "chat_template.jinja").write_text(CHATML)
     return base, write_jsonl(folder / "rows.jsonl", ROWS[task])
 
 
