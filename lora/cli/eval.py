@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora.cli.options import base_option, device_option, dtype_option, given, length_option, output_options
+from lora.cli.options import (
+    base_option,
+    device_option,
+    dtype_option,
+    given,
+    output_options,
+    text_length,
+    trained_length_option,
+)
 from lora.cli.output import note, note_truncated, one_line, print_facts, print_json, print_table
 from lora.errors import DataError, UsageError
 
@@ -33,7 +41,7 @@ CLASS_WIDTH = 40  # of a class's name in a table
     metavar="FILE",
     help='JSON Lines: {"input", "label"} or "labels", {"text"}, {"messages"} ...',
 )
-@length_option
+@trained_length_option
 @click.option("--batch-size", type=click.IntRange(1), default=32, help="Rows that are run together.")
 @click.option("--exact-match", is_flag=True, help="Generate an answer to each instruction, and compare.")
 @click.option(
@@ -47,7 +55,7 @@ CLASS_WIDTH = 40  # of a class's name in a table
 def evaluate(
     model: str,
     data: str,
-    max_seq_len: int,
+    max_seq_len: int | None,
     batch_size: int,
     exact_match: bool,
     max_new_tokens: int,
@@ -85,8 +93,9 @@ def evaluate(
     loaded = load(model, device, dtype, base=base)
     _check_fields(rows[0], loaded, model)
     read = read_data_for(loaded, Path(data))
-    examples = examples_for(loaded, read, max_seq_len)
-    note_truncated(examples.truncated, max_seq_len)
+    length = text_length(loaded, max_seq_len)
+    examples = examples_for(loaded, read, length)
+    note_truncated(examples.truncated, length)
     scores = scores_of(loaded, examples, batch_size=batch_size)
     answers = None
     if exact_match:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+if TYPE_CHECKING:
+    from lora.model.model import Model
+
+LENGTH = 512  # tokens of a text, where neither the user nor an adapter says
+
 base_option = click.option(
     "--base", metavar="MODEL", show_default="the one that it names", help="The adapter's base."
 )
-length_option = click.option(
-    "--max-seq-len",
-    type=click.IntRange(1),
-    default=512,
-    help="Tokens of a text, as in training; a longer one keeps its head.",
+_tokens: dict[str, Any] = {
+    "type": click.IntRange(1),
+    "help": "Tokens of a text; a longer one keeps its head.",
+}
+length_option = click.option("--max-seq-len", default=LENGTH, **_tokens)
+trained_length_option = click.option(
+    "--max-seq-len", show_default=f"as the adapter was trained, else {LENGTH}", **_tokens
 )
 debug_option = click.option(
     "--debug", is_flag=True, expose_value=False, help="Show a traceback with an error."
@@ -32,6 +39,13 @@ dtype_option = click.option(
     default="float32",
     help="Precision of the arithmetic.",
 )
+
+
+def text_length(model: Model, asked: int | None) -> int:
+    """Return how many tokens a text keeps: those asked for, else those that the adapter was trained with."""
+    adapter = model.parameters.adapter
+    trained = (adapter.facts.get("training") or {}).get("max_seq_len") if adapter is not None else None
+    return asked or trained or LENGTH
 
 
 def given(name: str) -> bool:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora.cli.options import base_option, device_option, dtype_option, length_option, output_options
+from lora.cli.options import (
+    base_option,
+    device_option,
+    dtype_option,
+    output_options,
+    text_length,
+    trained_length_option,
+)
 from lora.cli.output import note_truncated, one_line, print_json
 from lora.cli.texts import Texts, check_one_source, read_texts
 
@@ -24,7 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--data", "-d", metavar="FILE", help='*.jsonl: the "input" of each row; any other file: each line.'
 )
-@length_option
+@trained_length_option
 @base_option
 @device_option
 @dtype_option
@@ -33,7 +40,7 @@ def predict(
     model: str,
     texts: tuple[str, ...],
     data: str | None,
-    max_seq_len: int,
+    max_seq_len: int | None,
     base: str | None,
     device: str,
     dtype: str,
@@ -54,8 +61,9 @@ def predict(
     head = classifier_head(loaded)
     names = head.class_names
     predicted = predict_labels if head.is_multi_label else predict_texts
-    predictions, truncated = predicted(loaded, read, max_seq_len)
-    note_truncated(truncated, max_seq_len)
+    length = text_length(loaded, max_seq_len)
+    predictions, truncated = predicted(loaded, read, length)
+    note_truncated(truncated, length)
     if as_json:
         document = {"status": "predicted", "model": model, "class_names": list(names)}
         print_json(

@@ -193,6 +193,7 @@ class Model:
         config = replace(config, task_type=self._task_type)
         config = with_shorthand(config, facts.get("targets"), adaptable_modules(self.spec))
         adapter = adapter_from_tensors(self.parameters, self.spec, config, tensors)
+        adapter.facts = facts
         self.parameters.adapters[name] = adapter
         self.parameters.activate(name)
 

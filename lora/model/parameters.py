@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class Adapter:
     factors: dict[str, Factors]
     replaced: dict[str, Array]  # canonical tensor name -> trained copy, float32
     zero_rows: dict[str, slice] = field(default_factory=dict)  # rows of B that are not trained, by module
+    facts: dict[str, Any] = field(default_factory=dict)  # what lora_metadata.json said of a loaded one
 
     def tensors(self, layout: str) -> dict[str, Array]:
         """Return the live arrays by PEFT's names: lora_A [R, I], lora_B [O, R], then the replaced tensors."""

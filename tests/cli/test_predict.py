@@ -115,3 +115,14 @@ def test_what_cannot_be_predicted_is_refused(lora, base, adapter, rows, tmp_path
     outcome = lora("predict", base, "text")
     assert outcome.exit_code == 5
     assert "is a language model" in outcome.err
+
+
+def test_texts_are_cut_as_the_adapter_was_trained(lora, base, rows, tmp_path) -> None:
+    settings = ("--max-seq-len", "4", "--epochs", "1", "-q")
+    assert lora("finetune", base, "-d", rows, "-o", tmp_path / "run", *settings).exit_code == 0
+    adapter = tmp_path / "run" / "best"
+    for command in (("predict", adapter, "good news"), ("eval", adapter, "-d", rows)):
+        as_trained = lora(*command, "--json")
+        assert "longer than 4 tokens" in as_trained.err
+        assert as_trained.document == lora(*command, "--json", "--max-seq-len", "4").document
+        assert lora(*command, "--json", "--max-seq-len", "512").document["truncated_rows"] == 0
