@@ -252,6 +252,16 @@ def check_rotation(system: Any, case: Case) -> None:
         assert any((output / "best").iterdir())
 
 
+@contextmanager
+def handled_interrupts() -> Iterator[None]:
+    """Let Ctrl-C raise, also in a process that was started with it ignored, as in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def check_interrupt(system: Any, case: Case) -> None:
     move, moves = AdamW.step, []
     # before anything is planted: it may be the first to train
@@ -264,7 +274,12 @@ def check_interrupt(system: Any, case: Case) -> None:
             signal.raise_signal(signal.SIGINT)  # the arrays have moved, and nothing has counted it yet
         return norm
 
-    with TemporaryDirectory() as folder, planted_in(system), pytest.MonkeyPatch.context() as patch:
+    with (
+        TemporaryDirectory() as folder,
+        planted_in(system),
+        handled_interrupts(),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         output = Path(folder)
         patch.setattr(AdamW, "step", interrupted)
         with pytest.raises(KeyboardInterrupt) if case.step <= steps else nullcontext():
