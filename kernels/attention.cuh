@@ -5,7 +5,6 @@
 #include "reduce.cuh"
 #include "tiles.cuh"
 
-constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 
 // ---- which tile a block takes: of all tiles of the packed sequences, those with most work first ----

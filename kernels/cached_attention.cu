@@ -4,7 +4,6 @@
 // Traffic:  each kept key and value once for HEADS query heads, which share them in registers.
 #include "pack.cuh"
 
-constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LOWEST = -1.0e30f;  // below every score, and finite: the difference of two is no NaN
 
 // The running softmax of one head over the keys that some threads have seen: 8 elements of Σ 2^(score - top) v.

@@ -96,6 +96,8 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
+constexpr float LOG2_E = 1.4426950408889634f;  // e^x is 2^(x LOG2_E)
+
 // 2^x within 2 units in the last place; a subnormal result is 0. (ex2.approx.ftz)
 __device__ __forceinline__ float exp2_approx(float x) {
 #ifdef CUDA_CPU

@@ -8,7 +8,6 @@
 #include "reduce.cuh"
 
 constexpr int PACK = 8;  // logits of a thread at a time: 32 bytes of float32, and 16 of bf16
-constexpr float LOG2_E = 1.4426950408889634f;
 
 // What a part of a row comes to: its maximum and where that first stands, Σ exp(logit - maximum), Σ logit.
 struct Part {

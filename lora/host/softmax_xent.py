@@ -26,25 +26,7 @@ def forward(
     wants_weight: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Outcome, Saved]:
-    """Return the loss, the number of correct rows, and what backward hands out.
-
-    Args:
-        hidden: [N, D] input of the head, one row per token or per sequence.
-        weight: [V, D] the head, stored dtype.
-        targets: [N] integers in [0, V), or -100 for a row that does not count.
-        bias: [V] or None.
-        row_weights: [N] weight of each row in the sum, or None for ones.
-        normalizer: divides the sum: the counted rows of the optimizer step, or the sum of their weights.
-        label_smoothing: ε in [0, 1): the share of each target that is spread evenly over all V.
-        wants_gradient: False in evaluation: one product instead of two.
-        wants_weight: also the gradients of weight and bias, for a head that is trained.
-        chunk_bytes: upper limit of the logits that exist at once, though never less than one row.
-
-    Raises:
-        ShapeError: the arrays do not fit.
-        DataError: a target is outside [0, V), or the normalizer is not positive.
-        UsageError: the label smoothing is outside [0, 1).
-    """
+    """Return the loss, the number of correct rows, and what backward hands out; arguments as there."""
     return forward_by(
         _in_blocks,
         hidden,
