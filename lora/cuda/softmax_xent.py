@@ -38,6 +38,7 @@ from lora.ops.softmax_xent import (
     Saved,
     backward,
     check_arguments,
+    chunk_rows,
     zero_grads,
 )
 
@@ -91,7 +92,7 @@ def forward(
     losses, correct = (empty(counted.shape, dtype, like=hidden) for dtype in ("float32", "int32"))
     grads = zero_grads(hidden, head, wants_weight) if wants_gradient else None
     gradient, kernel = _instance(hidden, head)
-    step = max(1, chunk_bytes // (4 * len(weight)))
+    step = chunk_rows(counted.size, 4 * len(weight), chunk_bytes)
     for start in range(0, counted.size, step):
         chunk = slice(start, start + step)
         inputs = hidden[rows[chunk]]

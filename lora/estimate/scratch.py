@@ -15,7 +15,7 @@ from lora.estimate.workload import STORED_BYTES, TRAINED_BYTES, Workload
 from lora.host.row_blocks import BLOCK_ELEMENTS
 from lora.ops.attention import JOINED_TOKENS, TILE_SCORES
 from lora.ops.gated_delta_rule import CHUNK, STEP_ELEMENTS
-from lora.ops.softmax_xent import CHUNK_BYTES
+from lora.ops.softmax_xent import CHUNK_BYTES, chunk_rows
 
 
 def scratch_bytes(workload: Workload, tokens: int, longest: int) -> int:
@@ -157,7 +157,7 @@ def logits_bytes(workload: Workload, tokens: int, longest: int) -> int:
     if workload.task == "classify":
         return ceil(tokens / longest) * (workload.num_classes * workload.wide_bytes + 2 * hidden)
     row = workload.spec.vocab_size * workload.wide_bytes
-    chunk = min(tokens, max(1, CHUNK_BYTES // row)) * (row + 2 * hidden)
+    chunk = chunk_rows(tokens, row, CHUNK_BYTES) * (row + 2 * hidden)
     # a trained head's gradient comes in blocks of classes
     return chunk + tokens * hidden if workload.method == "full" else chunk
 

@@ -16,7 +16,7 @@ from lora.backend import bfloat16, wide
 from lora.contracts import op_contract
 from lora.errors import DataError, ShapeError, UsageError
 from lora.ops import softmax_xent
-from lora.ops.softmax_xent import IGNORED, Grads, Outcome
+from lora.ops.softmax_xent import IGNORED, Grads, Outcome, chunk_rows
 from tests.harness.agreement import assert_agrees, widened
 from tests.harness.bounds import gamma
 from tests.harness.cases import seeds, textured, textures
@@ -356,16 +356,16 @@ def _counts_ignored(hidden: Any, weight: Any, targets: Any, **named: Any) -> Any
 
 def _last_chunk_of_dweight(hidden: Any, weight: Any, targets: Any, **named: Any) -> Any:
     outcome, saved = softmax_xent.forward(hidden, weight, targets, **named)
-    step = max(1, named["chunk_bytes"] // (len(weight) * 8))
     late, counted = targets.copy(), np.flatnonzero(targets != IGNORED)
+    step = chunk_rows(len(counted), len(weight) * 8, named["chunk_bytes"])
     late[counted[: (len(counted) - 1) // step * step]] = IGNORED
     last = softmax_xent.forward(hidden, weight, late, **named)[1].grads
     return outcome, saved._replace(grads=saved.grads._replace(weight=last.weight))
 
 
 def _loses_last_chunk(hidden: Any, weight: Any, targets: Any, **named: Any) -> Any:
-    step = max(1, named["chunk_bytes"] // (len(weight) * 8))
     kept, counted = targets.copy(), np.flatnonzero(targets != IGNORED)
+    step = chunk_rows(len(counted), len(weight) * 8, named["chunk_bytes"])
     kept[counted[max(step, len(counted) // step * step) :]] = IGNORED
     return softmax_xent.forward(hidden, weight, kept, **named)
 
