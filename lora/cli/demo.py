@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lora.train.run import Run
 
 OUTPUT = "lora-demo"
-LORA, SUMMARY = "lora", "demo.json"
+LORA, HEAD, MERGED, SUMMARY = "lora", "head-only", "merged", "demo.json"
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"epochs": 3, "learning_rate": 1e-3, "targets": "all-linear"},
     # twice the epochs at twenty times the rate: trained to the end, so that the comparison is fair
@@ -48,8 +48,11 @@ def demo(output: str, quiet: bool, as_json: bool) -> None:
     """
     from lora.cli.progress import progress
 
-    if (Path(output) / LORA).exists():
-        raise ValidationError(f"{output} holds an earlier demo; name another folder with -o, or remove it")
+    there = [name for name in (LORA, HEAD, MERGED, SUMMARY) if (Path(output) / name).exists()]
+    if there:
+        raise ValidationError(
+            f"{output} holds an earlier demo ({', '.join(there)}); name another folder with -o, or remove it"
+        )
     with progress(quiet=quiet) as callback:
         shown = run_demo(Path(output), callback)
     if as_json:
@@ -102,8 +105,8 @@ def run_demo(output: Path, callback: Callback) -> Demo:
         return run, evaluate_classifier(model, read_examples_for(model, test, MAX_SEQ_LEN))
 
     run, scores = trained("lora", LORA)
-    head_run, head_scores = trained("head", "head-only")
-    merged = merge_folders(None, run.best, output / "merged")
+    head_run, head_scores = trained("head", HEAD)
+    merged = merge_folders(None, run.best, output / MERGED)
     predictions, _ = predict_texts(load(merged.output), Texts(LINES, None), MAX_SEQ_LEN)
     shown = Demo(run, head_run, scores, head_scores, merged, predictions)
     write_text(output / SUMMARY, json.dumps(shown.as_dict(), indent=2) + "\n")

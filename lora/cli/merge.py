@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from lora.cli.options import output_options
-from lora.cli.output import print_facts, print_json, size
+from lora.cli.output import listed, print_facts, print_json, size
 from lora.errors import AdapterError, UsageError
 
 
@@ -62,7 +62,8 @@ def merge_folders(model: str | None, adapter: str | Path, output: Path) -> Merge
     Each is a folder or an APR file; `model` and the adapter may be hub ids.
 
     Raises:
-        UsageError: `output` is the base or the adapter itself, or holds another adapter.
+        UsageError: `output` is the base or the adapter itself, holds another adapter, or is or holds a file
+            that would be overwritten.
         LoraError: a file is not as it must be.
     """
     from lora.io.hub import resolve
@@ -114,6 +115,7 @@ def print_merged(merged: Merged) -> None:
 
 def _check_output(output: Path, sources: dict[str, Path]) -> None:
     from lora.io.peft import CONFIG
+    from lora.io.save_checkpoint import replaced
 
     for what, folder in sources.items():
         if output.resolve() == folder.resolve():
@@ -123,3 +125,9 @@ def _check_output(output: Path, sources: dict[str, Path]) -> None:
     if (output / CONFIG).is_file():
         # beside an adapter, the merge would be taken for a part of it
         raise UsageError(f"--output {output} holds an adapter; name another output")
+    found = replaced(output)
+    if found:
+        there = f"holds {listed(found)}" if output.is_dir() else "exists already"
+        raise UsageError(
+            f"--output {output} {there}, which a merge does not overwrite; name another output, or remove it"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from lora.io.apr_folder import Folder, is_apr
 from lora.io.atomic import replace_folder
 from lora.io.checkpoint import CONFIG, INDEX, SINGLE, open_checkpoint
 from lora.io.safetensors_file import Deferred, Tensor, tensor_bytes, write_tensors
-from lora.io.small_files import COMPANIONS, decoded, matching
+from lora.io.small_files import COMPANIONS, HEAD_FILE, decoded, matching
 from lora.spec import stored_name
 
 SHARD_BYTES = 5 * 10**9
-_OWNED = (CONFIG, INDEX, "model*.safetensors", *COMPANIONS)
+_OWNED = (CONFIG, HEAD_FILE, INDEX, "model*.safetensors", *COMPANIONS)
 _METADATA = {"format": "pt"}  # Transformers refuses a file that does not say so
 
 
@@ -64,6 +65,14 @@ def save_checkpoint(
         write_shards(new, tensors, shard_bytes)
         for name, content in files.items():
             (new / name).write_bytes(content)
+
+
+def replaced(path: Path) -> list[str]:
+    """Return the names of what is there now, and would be gone once a checkpoint is saved to `path`."""
+    if not path.is_dir():
+        return [path.name] if path.exists() else []
+    there = sorted(file.name for file in path.iterdir())
+    return [name for name in there if any(fnmatchcase(name, pattern) for pattern in _OWNED)]
 
 
 def companions(folder: Folder) -> dict[str, bytes]:

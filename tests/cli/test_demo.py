@@ -49,4 +49,8 @@ def test_it_is_the_same_twice_and_overwrites_nothing(lora, tmp_path) -> None:
     assert json.loads((tmp_path / "a" / "demo.json").read_text()) == first.document
     again = lora("demo", "-o", tmp_path / "a", "-q", "--json")
     assert again.exit_code == 5
-    assert "holds an earlier demo; name another folder with -o" in again.document["error"]
+    said = "holds an earlier demo (lora, head-only, merged, demo.json); name another folder with -o"
+    assert said in again.document["error"]
+    (tmp_path / "c" / "merged").mkdir(parents=True)
+    assert lora("demo", "-o", tmp_path / "c", "-q").exit_code == 5
+    assert list((tmp_path / "c").rglob("*")) == [tmp_path / "c" / "merged"]

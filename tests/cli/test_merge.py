@@ -86,14 +86,35 @@ def test_a_merge_is_not_put_beside_an_adapter(lora, adapter, tmp_path) -> None:
     assert snapshot(other) == before
 
 
-def test_an_earlier_merge_is_replaced_and_other_files_stay(lora, adapter, tmp_path) -> None:
+def test_what_lies_in_the_output_is_never_overwritten(lora, own_base, base, adapter, tmp_path) -> None:
+    (tmp_path / "merged.apr").write_bytes(b"mine")
+    only_tokenizer = tmp_path / "only-tokenizer"
+    only_tokenizer.mkdir()
+    (only_tokenizer / "tokenizer.json").write_text("{}")
+    before = snapshot(tmp_path)
+    for output, said in (
+        (own_base, "holds config.json, model.safetensors, tokenizer.json, tokenizer_config.json"),
+        (only_tokenizer, "holds tokenizer.json"),
+        (tmp_path / "merged.apr", "exists already"),
+    ):
+        outcome = lora("merge", base, "--adapter", adapter, "-o", output)
+        assert outcome.exit_code == 2
+        assert (
+            f"--output {output} {said}, which a merge does not overwrite; name another output" in outcome.err
+        )
+    assert snapshot(tmp_path) == before
+
+
+def test_other_files_in_the_output_stay(lora, adapter, tmp_path) -> None:
     output = tmp_path / "merged"
-    assert lora("merge", "--adapter", adapter, "-o", output).exit_code == 0
-    whole = snapshot(output)
+    output.mkdir()
     (output / "notes.txt").write_text("mine")
-    (output / "model.safetensors").write_bytes(b"broken")
     assert lora("merge", "--adapter", adapter, "-o", output).exit_code == 0
-    assert snapshot(output) == whole | {str(output / "notes.txt"): b"mine"}
+    assert (output / "notes.txt").read_text() == "mine"
+    assert load(output).is_classifier
+    whole = snapshot(output)
+    assert lora("merge", "--adapter", adapter, "-o", output).exit_code == 2
+    assert snapshot(output) == whole
 
 
 @pytest.mark.parametrize(
