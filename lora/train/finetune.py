@@ -318,8 +318,6 @@ def _train(model: Model, checked: Checked, callbacks: list[Callback]) -> Run:
     started = _started(loop, prepared, output, repeated_rows=len(train_rows) - once)
     ran = {"operations": [choice._asdict() for choice in started.operations]}
     with closing(folder):
-        # the state before the record: where a record is, there is a state to go on from
-        folder.checkpoint()
         write_run_file(output, _run_facts(config, prepared, facts) | ran | {"parts": folder.parts})
         write_recipe(output / RECIPE_FILE, prepared.base, prepared.data_path, output, config)
         for callback in callbacks:

@@ -20,13 +20,25 @@ from lora.train.loop import Progress
 from lora.train.metrics_csv import MetricsCsv
 from lora.train.metrics_file import MetricsFile, read_rows
 from lora.train.optimizer import AdamW
+from lora.train.recipe import RECIPE_FILE
 from lora.train.run import RUN_FILE
 from lora.train.state import STATE_FILE, State, read_state, restore, write_state
 from lora.train.tensorboard import FOLDER, TensorBoard
 
 METRICS_FILE, METRICS_CSV = "metrics.jsonl", "metrics.csv"
 BEST, LAST = "best", "last"
+MOST_LISTED = 20
 _EPOCH = re.compile(r"epoch-(\d+)")
+_NAMES = (
+    RUN_FILE,
+    STATE_FILE,
+    METRICS_FILE,
+    METRICS_CSV,
+    RECIPE_FILE,
+    FOLDER,
+    BEST,
+    LAST,
+)  # beside the epochs
 # of a kept state; its card may be written anew by an evaluation
 _TRAINED = ("*.safetensors", "*.json", "*.apr")
 
@@ -37,23 +49,46 @@ def run_places(output: Path) -> tuple[Path, Path | None]:
 
 
 def refuse_another_run(folder: Path) -> None:
-    """Refuse a folder that another run has written: its states and ours would be told apart by nobody."""
+    """Refuse a folder where another run, or anything else, lies under a name that a run writes.
+
+    A metrics.jsonl without a row is no loss: a run that ended before its first state leaves nothing else.
+
+    Raises:
+        ValidationError: what was found, by name.
+    """
+    found = _written_by_runs(folder)
     for name in (RUN_FILE, STATE_FILE):
-        if (folder / name).exists():
+        if name in found:
             raise ValidationError(
                 f"{folder} holds another run ({name}); go on with it under --resume, name another output, or "
                 "remove it"
             )
+    if found:
+        raise ValidationError(
+            f"{folder}: expected a folder with nothing under a name that a run writes, found "
+            f"{', '.join(found[:MOST_LISTED])}; name another output, or move them away"
+        )
+
+
+def _written_by_runs(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    there = {path.name: path for path in folder.iterdir()}
+    if METRICS_FILE in there and there[METRICS_FILE].lstat().st_size == 0:
+        del there[METRICS_FILE]
+    return sorted(name for name in there if name in _NAMES or _EPOCH.fullmatch(name))
 
 
 def state_to_resume(folder: Path) -> State | None:
     """Return the state in `folder`, or None, said aloud, where no run has begun.
 
     Raises:
+        ValidationError: no run has begun there, and there is something that a new one would write over.
         MissingFileError: the run that began there has lost its state.
         FileFormatError: the state is corrupt, or the best of the kept states is not as the run saved it.
     """
     if not (folder / RUN_FILE).exists() and not (folder / STATE_FILE).exists():
+        refuse_another_run(folder)
         warnings.warn(f"{folder} holds no run to resume: starting a new one", LoraWarning, stacklevel=3)
         return None
     state = read_state(folder / STATE_FILE)
@@ -71,19 +106,6 @@ def _check_best(folder: Path, state: State) -> None:
             f"{folder / BEST}: {', '.join(changed)} changed or gone since the run saved its best epoch; "
             "put the folder back, or begin a new run in another output"
         )
-
-
-def _open_records(
-    folder: Path, config: FinetuneConfig, progress: Progress, state: State | None
-) -> tuple[MetricsFile, *tuple[MetricsCsv | TensorBoard, ...]]:
-    with ExitStack() as opened:
-        metrics = MetricsFile(folder / METRICS_FILE, state.facts["rows"] if state else None)
-        opened.callback(metrics.close)
-        table = MetricsCsv(folder / METRICS_CSV, read_rows(folder / METRICS_FILE))
-        opened.callback(table.close)
-        boards = [TensorBoard(folder / FOLDER, after_step=progress.step)] if config.tensorboard else []
-        opened.pop_all()  # all of them could be opened, and stay open
-        return metrics, table, *boards
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -120,11 +142,12 @@ class RunFolder:
         *,
         write: Callable[[Path], None],
     ) -> RunFolder:
-        """Make the folder, or put everything back in its place as `state` knows it.
+        """Make the folder, or put everything back in its place as `state` knows it, and write a state.
 
         Raises:
             FileFormatError: the state is of another model, or rows that it counts on are gone.
-            ValidationError: another run writes the folder now, or has since `state` was looked for.
+            ValidationError: another run writes the folder now, or it is not as it was when `state` was
+                looked for.
             WriteError: the folder cannot be written.
         """
         try:
@@ -138,24 +161,21 @@ class RunFolder:
             restore(state, optimizer)
             progress = Progress.from_dict(state.facts["progress"])
             best, parts = state.facts["best"], state.facts["parts"]
-        metrics, *others = _open_records(path, config, progress, state)
+        metrics = MetricsFile(path / METRICS_FILE, state.facts["rows"] if state else None)
         if state is not None:
             _remove_leftovers(path)
         parts.append({"from_step": progress.step, "data": identity["data"], **identity["arithmetic"]})
         began = time.perf_counter() - progress.seconds
-        return cls(
-            path,
-            config.keep,
-            optimizer,
-            identity,
-            write,
-            metrics,
-            others,
-            progress,
-            best,
-            parts,
-            began,
-        )
+        folder = cls(path, config.keep, optimizer, identity, write, metrics, [], progress, best, parts, began)
+        with ExitStack() as opened:
+            opened.callback(folder.close)
+            # before all else that is written: what lies here without a state is none of ours
+            folder.checkpoint()
+            folder.others.append(MetricsCsv(path / METRICS_CSV, read_rows(path / METRICS_FILE)))
+            if config.tensorboard:
+                folder.others.append(TensorBoard(path / FOLDER, after_step=progress.step))
+            opened.pop_all()  # all of them could be opened, and stay open
+        return folder
 
     @property
     def records(self) -> list[MetricsFile | MetricsCsv | TensorBoard]:

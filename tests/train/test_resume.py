@@ -143,6 +143,7 @@ PLACES: dict[str, Any] = {
     "restore": run_folder,
     "MetricsFile": run_folder,
     "_check_best": run_folder,
+    "_written_by_runs": run_folder,
     "_rotate": RunFolder,
     "check_same_run": room,
     "FREE": identity_room,
@@ -299,6 +300,32 @@ def check_alone(system: Any, case: Case) -> None:
         assert written(output) == uninterrupted(case.kind)
 
 
+FOREIGN = (
+    "metrics.csv",
+    "metrics.jsonl",
+    "recipe.yaml",
+    "best/notes.txt",
+    "epoch-7/notes.txt",
+    "last/notes.txt",
+    "tensorboard/events",
+)
+
+
+def check_foreign(system: Any, case: Case) -> None:
+    with TemporaryDirectory() as folder, planted_in(system):
+        output, name = Path(folder), FOREIGN[case.step % len(FOREIGN)]
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).write_text("mine")
+        found = re.escape(name.partition("/")[0])
+        for resume in (False, True):
+            with pytest.raises(
+                ValidationError, match=f"a name that a run writes, found {found}; name another"
+            ):
+                train(output, case.kind, resume=resume)
+        assert [path for path in output.rglob("*") if path.is_file()] == [output / name]
+        assert (output / name).read_text() == "mine"
+
+
 CHECKS = {
     "RESUME-001": check_goes_on,
     "RESUME-002": check_changes,
@@ -306,6 +333,7 @@ CHECKS = {
     "RESUME-004": check_rotation,
     "RESUME-005": check_interrupt,
     "RESUME-006": check_alone,
+    "RESUME-007": check_foreign,
 }
 CASES = st.builds(Case, st.sampled_from(sorted(KINDS)), st.integers(*CONTRACT.domain["steps"]))
 
@@ -346,6 +374,31 @@ def test_a_run_that_another_overtook_leaves_it_alone(tmp_path: Path, monkeypatch
     with pytest.raises(ValidationError, match="holds another run"):
         train(tmp_path, "lora")
     assert written(tmp_path) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_files_that_no_run_writes_stay_beside_it(tmp_path: Path, resume: bool) -> None:
+    for name in ("rows.jsonl", "best.txt", "epoch-7.txt"):
+        (tmp_path / name).write_text("mine")
+    with pytest.warns(LoraWarning, match="no run to resume") if resume else nullcontext():
+        train(tmp_path, "head", resume=resume)
+    assert written(tmp_path) == uninterrupted("head")
+    assert (tmp_path / "epoch-7.txt").read_text() == "mine"
+
+
+def test_a_run_that_ended_before_its_first_state_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*args: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(run_folder, "write_state", killed)
+    with pytest.raises(Killed):
+        train(tmp_path, "lora")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    train(tmp_path, "lora")
+    assert written(tmp_path) == uninterrupted("lora")
 
 
 def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,6 +580,12 @@ MUTANTS = {
     "keeps_the_oldest": _bug(_rotate=_keeps_the_oldest),
     "interrupts_the_move": _bug(Held=Unheld),
     "forgets_the_interrupt": _bug(Held=Forgetful),
+    "looks_for_a_run_alone": _bug(
+        _written_by_runs=lambda folder: [n for n in ("run.json", STATE_FILE) if (folder / n).exists()]
+    ),
+    "overwrites_rows": _bug(
+        _written_by_runs=lambda folder: [n for n in LIBRARY._written_by_runs(folder) if "metrics" not in n]
+    ),
     "lets_a_second_in": _bug(_hold=lambda file, path: None),
 }
 
