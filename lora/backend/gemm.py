@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from lora.backend.arrays import Array, array_module
 from lora.backend.blas import gemm
 from lora.backend.dtypes import accumulation_dtype, bfloat16, wide
 from lora.backend.memory import empty, scratch
-from lora.backend.threads import run_all
+from lora.backend.threads import inside_a_task, run_all, thread_count
 
 WIDENED_BYTES = 32 * 2**20  # of a weight at a time: near the caches, and most weights whole
+_SHARED_ROWS = 448  # of a weight: the least that a thread gets to itself, and what it widens at a time
 _WIDENED_AT_ONCE = 2**17  # elements that one thread widens: they are still in its cache for the second pass
 
 
@@ -75,8 +77,12 @@ def linear(x: Array, weight: Array) -> Array:
     y = empty((x.shape[0], weight.shape[0]), accumulation_dtype(x.dtype), like=x)
     if weight.dtype == x.dtype:
         return matmul_into(y, x, weight.T)
-    for rows, block in _widened(weight, x.dtype):
-        matmul_into(y[:, rows], x, block.T)
+
+    def write(share: slice) -> None:
+        for rows, block in _widened(weight[share], x.dtype):
+            matmul_into(y[:, share][:, rows], x, block.T)
+
+    run_all([partial(write, share) for share in _shares(weight, axis=0)])
     return y
 
 
@@ -90,8 +96,12 @@ def linear_transpose(dy: Array, weight: Array, onto: Array | None = None) -> Arr
         onto = empty((dy.shape[0], weight.shape[1]), accumulation_dtype(dy.dtype), like=dy)
     if weight.dtype == dy.dtype:
         return matmul_into(onto, dy, weight, accumulate=adds)
-    for rows, block in _widened(weight, dy.dtype):
-        matmul_into(onto, dy[:, rows], block, accumulate=adds or rows.start > 0)
+
+    def write(share: slice) -> None:
+        for rows, block in _widened(weight[:, share], dy.dtype):
+            matmul_into(onto[:, share], dy[:, rows], block, accumulate=adds or rows.start > 0)
+
+    run_all([partial(write, share) for share in _shares(weight, axis=1)])
     return onto
 
 
@@ -101,10 +111,23 @@ def _operand(rows: Array, weight: Array) -> Array:
     return rows if is_taken else wide(rows)
 
 
+def _shares(weight: Array, axis: int) -> list[slice]:
+    """Cut an axis of `weight` into one share a thread; a short one stays whole, and BLAS shares its products.
+
+    A thread that widens what it multiplies reads it out of its own cache, and waits for no other thread.
+    """
+    length, threads = weight.shape[axis], thread_count()
+    if array_module(weight) is not np or length < threads * _SHARED_ROWS:
+        return [slice(0, length)]
+    bounds = [length * index // threads for index in range(threads + 1)]
+    return [slice(*pair) for pair in pairwise(bounds)]
+
+
 def _widened(weight: Array, dtype: np.dtype[Any]) -> Iterator[tuple[slice, Array]]:
     """Yield blocks of rows of `weight` [O, I] in `dtype`; a block is overwritten by the next one."""
     rows, columns = weight.shape
-    step = max(1, WIDENED_BYTES // (columns * dtype.itemsize))
+    fits = WIDENED_BYTES // (columns * dtype.itemsize)
+    step = max(1, min(fits // thread_count(), _SHARED_ROWS) if inside_a_task() else fits)
     if array_module(weight) is not np:
         yield from ((slice(i, i + step), weight[i : i + step].astype(dtype)) for i in range(0, rows, step))
         return

@@ -1,15 +1,20 @@
 """The one door for memory that an operation writes into: outputs and scratch.
 
-On the host, arrays of a megabyte and more come from a pool: what one step's activations leave, the next
-step's take. A fresh array costs the system a page fault for every page of it, a twentieth of a training step.
+On the host, arrays of a megabyte and more are cut from slabs, and what they leave is joined and cut again:
+the memory of one step's activations serves the next step's, whatever their sizes. Fresh memory costs the
+system a page fault and a page of zeros, a twentieth of a training step.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
+from bisect import insort
+from collections import deque
+from itertools import count
 from math import prod
-from typing import Any
+from threading import Lock
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,10 +22,8 @@ from lora.backend.arrays import Array, array_module
 
 ALIGNMENT = 64  # bytes, of a cache line and of a vector
 POOLED_BYTES = 2**20  # smaller arrays are as cheap from NumPy itself
-LARGEST_WASTE = 1.25  # how many times larger than an array its chunk may be
+SLAB_BYTES = 2**28  # the system backs a page of it with memory when it is first written
 
-_free: list[np.ndarray] = []  # oldest first
-_lock = threading.Lock()
 _scratch = threading.local()
 
 
@@ -35,11 +38,7 @@ def allocate(shape: tuple[int, ...], dtype: Any, like: Array = None) -> Array:
     size = prod(shape) * dtype.itemsize
     if module is not np or size < POOLED_BYTES:
         return module.empty(shape, dtype)
-    chunk = _take(size)
-    # over a memoryview, views of `owner` refer to it and not to the chunk: when it dies, none of them is left
-    owner = np.frombuffer(chunk.data, np.uint8, size, offset=-chunk.ctypes.data % ALIGNMENT)
-    weakref.finalize(owner, _free.append, chunk).atexit = False
-    return owner.view(dtype).reshape(shape)
+    return _pool.take(size).view(dtype).reshape(shape)
 
 
 def scratch(size: int, dtype: Any) -> Array:
@@ -52,21 +51,100 @@ def scratch(size: int, dtype: Any) -> Array:
 
 
 def release() -> None:
-    """Give what the pool holds back to the system, and this thread's scratch."""
-    with _lock:
-        _free.clear()
+    """Give the slabs that nothing lies in back to the system, and this thread's scratch."""
+    _pool.release()
     _scratch.__dict__.clear()
 
 
-def _take(size: int) -> np.ndarray:
-    """Return a chunk of at least `size` bytes: the closest free one, or a new one in the place of others."""
-    with _lock:
-        least, most = size + ALIGNMENT, LARGEST_WASTE * size
-        fits = [(chunk.size, i) for i, chunk in enumerate(_free) if least <= chunk.size <= most]
-        if fits:
-            return _free.pop(min(fits)[1])
-        # no more is ever held than was in use at once: chunks of sizes that went out of use make room
-        room = 0
-        while _free and room < size:
-            room += _free.pop(0).size
-    return np.empty(size + ALIGNMENT, np.uint8)
+class _Span(NamedTuple):
+    """Bytes of a slab that lie together; in the order of slabs and of places in them."""
+
+    slab: int  # its number: older slabs have lower ones
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def touches(self, other: _Span) -> bool:
+        return self.slab == other.slab and (self.start == other.stop or self.stop == other.start)
+
+
+class Pool:
+    """Slabs, and which of their bytes are free."""
+
+    def __init__(self) -> None:
+        self._slabs: dict[int, np.ndarray] = {}  # uint8, from an aligned address on
+        self._numbers = count()
+        self._free: list[_Span] = []  # in order; neighbours are joined
+        # of arrays that died; the collector may run at any moment, in a thread that holds the lock too
+        self._returned: deque[_Span] = deque()
+        self._lock = Lock()
+
+    @property
+    def held_bytes(self) -> int:
+        """Of all slabs, in use or not."""
+        return sum(slab.size for slab in self._slabs.values())
+
+    def take(self, size: int) -> np.ndarray:
+        """Return [size] bytes that nothing else uses, until the last view of them is gone."""
+        with self._lock:
+            span = self._cut(-(-size // ALIGNMENT) * ALIGNMENT)
+            slab = self._slabs[span.slab]
+        # over a memoryview, views of `array` refer to it, not to the slab: when it dies, none of them is left
+        array = np.frombuffer(slab.data, np.uint8, size, offset=span.start)
+        weakref.finalize(array, self._returned.append, span).atexit = False
+        return array
+
+    def release(self) -> None:
+        """Give back every slab that is free from end to end."""
+        with self._lock:
+            self._settle()
+            for span in self._unused():
+                self._drop(span)
+
+    def _cut(self, size: int) -> _Span:
+        """Take `size` bytes off the smallest free span that has them; of two alike, the older slab's."""
+        self._settle()
+        fits = [(span.size, span) for span in self._free if span.size >= size]
+        span = min(fits)[1] if fits else self._add_slab(size)
+        self._free.remove(span)
+        cut = span._replace(stop=span.start + size)
+        if cut.stop < span.stop:
+            insort(self._free, span._replace(start=cut.stop))
+        return cut
+
+    def _settle(self) -> None:
+        """Join what was returned with its free neighbours."""
+        while self._returned:
+            span = self._returned.popleft()
+            for other in [other for other in self._free if span.touches(other)]:
+                self._free.remove(other)
+                span = span._replace(start=min(span.start, other.start), stop=max(span.stop, other.stop))
+            insort(self._free, span)
+
+    def _add_slab(self, size: int) -> _Span:
+        """Return a new free span of at least `size` bytes."""
+        size, room = max(size, SLAB_BYTES), 0
+        for unused in self._unused():  # each is too small, and what is held would grow by the new one
+            if room < size:
+                self._drop(unused)
+                room += unused.size
+        memory = np.empty(size + ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % ALIGNMENT
+        span = _Span(next(self._numbers), 0, size)
+        self._slabs[span.slab] = memory[start : start + size]
+        insort(self._free, span)
+        return span
+
+    def _unused(self) -> list[_Span]:
+        """Return the free spans that are whole slabs, oldest first."""
+        return [span for span in self._free if span.size == self._slabs[span.slab].size]
+
+    def _drop(self, unused: _Span) -> None:
+        self._free.remove(unused)
+        del self._slabs[unused.slab]
+
+
+_pool = Pool()

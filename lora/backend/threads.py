@@ -7,6 +7,7 @@ that asks for it: no core is given out twice.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -14,11 +15,18 @@ from typing import Any
 
 from lora.backend.blas import blas_facts, one_thread_a_product
 
+_inside = threading.local()
+
 
 @cache
 def thread_count() -> int:
     """Return how many threads share the work: as many as the BLAS has, and 1 where it does not say."""
     return int(blas_facts()["threads"] or 1)
+
+
+def inside_a_task() -> bool:
+    """Return whether this thread runs one of several tasks: what it calls shares nothing out again."""
+    return getattr(_inside, "task", False)
 
 
 def run_all(tasks: Sequence[Callable[[], Any]]) -> None:
@@ -30,11 +38,16 @@ def run_all(tasks: Sequence[Callable[[], Any]]) -> None:
     remaining = iter(tasks)  # a list's iterator gives nothing twice: Python's lock is held while it moves
 
     def work() -> None:
+        _inside.task = True
+        try:
+            for task in remaining:
+                task()
+        finally:
+            _inside.task = False
+
+    if len(tasks) < 2 or thread_count() < 2 or inside_a_task():
         for task in remaining:
             task()
-
-    if len(tasks) < 2 or thread_count() < 2:
-        work()
         return
     with one_thread_a_product():
         others = [_pool().submit(work) for _ in range(min(thread_count(), len(tasks)) - 1)]

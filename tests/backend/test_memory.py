@@ -1,15 +1,21 @@
-"""Memory that is used again: only once nothing refers to it, and never more of it than was in use at once."""
+"""Memory that is used again: only once nothing refers to it, cut and joined, and given back when unused."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lora.backend import empty, memory
+from lora.backend.memory import POOLED_BYTES, Pool
 
 LARGE = (1024, 512)  # twice the least that is pooled, in float32
+SLAB = 10 * 2**20
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +23,11 @@ def empty_pool() -> Iterator[None]:
     memory.release()
     yield
     memory.release()
+
+
+@pytest.fixture
+def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "SLAB_BYTES", SLAB)
 
 
 def place(array: np.ndarray) -> int:
@@ -34,35 +45,80 @@ def test_memory_is_taken_again_when_the_last_view_of_it_is_gone() -> None:
 
 
 def test_arrays_start_at_a_cache_line_and_can_be_written() -> None:
-    array = empty(LARGE, np.float32)
+    array = empty((1025, 513), np.float32)
+    array[...] = 1
     assert place(array) % memory.ALIGNMENT == 0
+    assert place(empty(LARGE, np.float32)) % memory.ALIGNMENT == 0
     assert array.flags.writeable
     assert array.flags.c_contiguous
 
 
-@pytest.mark.parametrize(
-    ("elements", "fits"), [(2**19, True), (450_000, True), (400_000, False), (530_000, False)]
-)
-def test_a_chunk_serves_what_nearly_fills_it(elements: int, fits: bool) -> None:
-    array = empty(LARGE, np.float32)
-    del array
-    chunk = memory._free[0]
-    assert (memory._take(4 * elements) is chunk) is fits
+@pytest.mark.usefixtures("small_slabs")
+def test_what_neighbours_leave_serves_a_larger_array() -> None:
+    pool = Pool()
+    parts = [pool.take(SLAB // 5) for _ in range(5)]
+    held, middle = pool.held_bytes, place(parts[1])
+    del parts[1:4]
+    assert place(pool.take(3 * (SLAB // 5))) == middle
+    assert pool.held_bytes == held
 
 
-def test_sizes_that_go_out_of_use_are_given_back() -> None:
-    for rows in range(1000, 9000, 1000):
-        array = empty((rows, 512), np.float32)
+@pytest.mark.usefixtures("small_slabs")
+def test_the_smallest_gap_that_suffices_is_cut() -> None:
+    pool = Pool()
+    parts = [pool.take(rows * 2**20) for rows in (3, 1, 2, 1, 3)]
+    gap = place(parts[2])
+    del parts[0], parts[1]  # 3 MB at the start, and 2 MB between the others
+    assert place(pool.take(2**20 + 1)) == gap
+
+
+@pytest.mark.usefixtures("small_slabs")
+def test_slabs_that_are_too_small_make_room_for_a_larger_one() -> None:
+    pool = Pool()
+    for size in range(SLAB, 4 * SLAB, SLAB // 2):
+        array = pool.take(size)
+        assert pool.held_bytes <= size
         del array
-    assert sum(chunk.size for chunk in memory._free) <= 8000 * 512 * 4 + memory.ALIGNMENT
 
 
-def test_release_leaves_nothing() -> None:
+@pytest.mark.usefixtures("small_slabs")
+@given(st.lists(st.tuples(st.integers(1, 2 * SLAB), st.booleans()), max_size=40))
+def test_no_two_arrays_share_a_byte_and_all_comes_back(steps: list[tuple[int, bool]]) -> None:
+    pool, alive = Pool(), []
+    for size, frees in steps:
+        array = pool.take(size)
+        array[:1], array[-1:] = 1, 1
+        alive.append(array)
+        if frees:
+            del alive[len(alive) // 2]
+        del array
+        spans = sorted((place(each), place(each) + each.size) for each in alive)
+        assert all(before[1] <= after[0] for before, after in pairwise(spans))
+    alive.clear()
+    pool.release()
+    assert pool.held_bytes == 0
+
+
+def test_an_array_may_die_while_another_one_is_cut() -> None:
+    pool = Pool()
+    ring: list[object] = [pool.take(POOLED_BYTES)]
+    ring.append(ring)  # the collector alone can free it
+    del ring
+    with pool._lock:
+        gc.collect()
+    assert len(pool._returned) == 1
+
+
+def test_release_leaves_what_is_in_use() -> None:
     array = empty(LARGE, np.float32)
+    array[...] = 7
     memory.scratch(100, np.float32)
+    memory.release()
+    assert memory._pool.held_bytes == memory.SLAB_BYTES
+    assert (array == 7).all()
     del array
     memory.release()
-    assert memory._free == []
+    assert memory._pool.held_bytes == 0
     assert vars(memory._scratch) == {}
 
 

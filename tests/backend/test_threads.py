@@ -34,6 +34,17 @@ def test_an_error_of_a_task_comes_out(count: int) -> None:
         run_all([fail] * 3)
 
 
+def test_a_task_shares_nothing_out_again(count: int) -> None:
+    ran: Counter[int] = Counter()
+
+    def task(index: int) -> None:
+        run_all([partial(ran.update, [index])] * 5)
+
+    run_all([partial(task, index) for index in range(10)])
+    assert ran == Counter(dict.fromkeys(range(10), 5))
+    assert not threads.inside_a_task()
+
+
 def test_products_keep_to_their_thread_while_tasks_run(monkeypatch: pytest.MonkeyPatch) -> None:
     if blas_facts()["threads"] is None:
         pytest.skip("NumPy's BLAS does not say how many threads it takes")
