@@ -41,9 +41,7 @@ def write_layers(folder: Path) -> Path:
 
 
 @pytest.mark.campaign
-def test_a_layer_of_each_type_trains_within_the_plan(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_layer_of_each_type_trains_within_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # addresses of a slab that nothing was written to are no memory
     monkeypatch.setattr("lora.backend.memory.SLAB_BYTES", 0)
     model = lora.load(write_layers(tmp_path / "base"))
