@@ -80,6 +80,18 @@ class Packed:
             return 0
         return len(self.targets) if self.targets.ndim == 2 else int((self.targets != IGNORED).sum())
 
+    def at(self, places: np.ndarray | None) -> Packed:
+        """Return the tokens at `places` [R], each a sequence of its own; all as they are without places.
+
+        Targets of tokens go with them; those of sequences stay, where there is one place for each.
+        """
+        if places is None:
+            return self
+        targets = self.targets
+        if targets is not None and len(targets) == self.num_tokens:
+            targets = targets[places]
+        return Packed(self.input_ids[places], np.arange(len(places) + 1), targets)
+
 
 def pack(sequences: Sequence[Any], targets: Any = None) -> Packed:
     """Lay `sequences` end to end.

@@ -2,6 +2,9 @@
 
 A block receives the stream and the last block's contribution to it apart (`delta`), so that adding them is
 part of the norm that reads the sum. At the border of two blocks the gradients for both are the same array.
+
+Of the last block's output the head may read few rows: one of each sequence, or those that have a target. Its
+mixer then sees all rows, and what follows only those.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from lora.backend import Array
+from lora.backend import Array, array_module
 from lora.model import attention_mixer, delta_mixer
 from lora.model.context import Context, Gradients
 from lora.spec import ModelSpec
@@ -20,29 +23,37 @@ class Saved(NamedTuple):
 
     input_norm: Any
     mixer: Any
+    read: Array | None  # [R] the rows that go on from here; None for all
     post_norm: Any
     gate_up: Any
     swiglu: Any
     down: Any
 
 
-def forward(context: Context, layer: int, delta: Array, stream: Array | None) -> tuple[Array, Array, Saved]:
-    """Return (delta [N, D], stream [N, D], Saved) after block `layer`; stream is None before the first."""
+def forward(
+    context: Context, layer: int, delta: Array, stream: Array | None, read: Array | None = None
+) -> tuple[Array, Array, Saved]:
+    """Return (delta, stream, Saved) after block `layer`, [N, D], or [R, D] of the rows `read` [R] alone.
+
+    `stream` is None before the first block.
+    """
     ops, parameters, spec = context.ops, context.parameters, context.spec
     name = f"model.layers.{layer}"
     norm = {"eps": spec.rms_norm_eps, "zero_centred": spec.zero_centred_norm}
 
     weight = parameters[f"{name}.input_layernorm.weight"]
-    (hidden, stream), input_norm = ops.rmsnorm.forward(delta, weight, stream, **norm)
+    (hidden, summed), input_norm = ops.rmsnorm.forward(delta, weight, stream, **norm)
     mixed, mixer = _mixer(spec, layer).forward(context, name, hidden)
+    if read is not None:
+        mixed, summed = mixed[read], summed[read]
     weight = parameters[f"{name}.post_attention_layernorm.weight"]
-    (hidden, stream), post_norm = ops.rmsnorm.forward(mixed, weight, stream, **norm)
+    (hidden, stream), post_norm = ops.rmsnorm.forward(mixed, weight, summed, **norm)
 
     parts = (parameters.part(f"{name}.mlp.gate_proj"), parameters.part(f"{name}.mlp.up_proj"))
     (gate, up), gate_up = ops.lowrank_linear.forward(hidden, parts)
     activated, swiglu = ops.swiglu.forward(gate, up)
     (delta,), down = ops.lowrank_linear.forward(activated, (parameters.part(f"{name}.mlp.down_proj"),))
-    return delta, stream, Saved(input_norm, mixer, post_norm, gate_up, swiglu, down)
+    return delta, stream, Saved(input_norm, mixer, read, post_norm, gate_up, swiglu, down)
 
 
 def backward(
@@ -56,6 +67,8 @@ def backward(
     wants_input: bool,
 ) -> Array | None:
     """Return the gradient [N, D] for the block's inputs, delta and stream alike; add the rest to `gradients`.
+
+    `ddelta` and `dstream` have the rows of the block's outputs.
 
     With `wants_input` false nothing below this block is trained, and the backward stops inside it.
     """
@@ -73,6 +86,9 @@ def backward(
         ops.rmsnorm, saved.post_norm, dhidden, dstream, f"{name}.post_attention_layernorm.weight"
     )
 
+    if saved.read is not None:
+        dmixed = _among_all_rows(dmixed, saved.read, len(context.cos))
+
     trains_mixer = any(
         context.parameters.trains_below(f"{name}.{mixer}.") for mixer in ("self_attn", "linear_attn")
     )
@@ -85,6 +101,13 @@ def backward(
     if not wants_norm:
         return None
     return gradients.norm(ops.rmsnorm, saved.input_norm, dhidden, dmixed, f"{name}.input_layernorm.weight")
+
+
+def _among_all_rows(rows: Array, places: Array, count: int) -> Array:
+    """Return [count, D] that holds `rows` [R, D] at `places` [R], and zeros elsewhere."""
+    spread = array_module(rows, places).zeros((count, rows.shape[1]), rows.dtype)
+    spread[places] = rows
+    return spread
 
 
 def _mixer(spec: ModelSpec, layer: int) -> ModuleType:

@@ -40,19 +40,23 @@ def forward(
     *,
     record: bool,
     cache: Cache | None = None,
+    read: np.ndarray | None = None,
 ) -> tuple[Array, Tape]:
     """Return (hidden [N, D], Tape): the normed output of the last block, in `dtype`.
 
     With `record` false nothing is kept for a backward; with it, only from the first trained block on. With a
-    `cache` the tokens follow those that it holds, and are added to it.
+    `cache` the tokens follow those that it holds, and are added to it. With `read`, the places [R] of the
+    tokens whose output is wanted, `hidden` is [R, D], and the last block computes no more than these need.
     """
     context = context_of(ops, parameters, spec, batch, dtype, cache)
     first = first_trained_block(parameters, spec) if record else spec.num_hidden_layers + 1
     delta, embedding = ops.embedding.forward(batch.input_ids, parameters[EMBEDDING], dtype=dtype)
     blocks: list[Any] = []
     stream: Array | None = None
+    wanted = None if read is None else beside(read, parameters[EMBEDDING])
     for layer in range(spec.num_hidden_layers):
-        delta, stream, saved = block.forward(context, layer, delta, stream)
+        is_last = layer == spec.num_hidden_layers - 1
+        delta, stream, saved = block.forward(context, layer, delta, stream, wanted if is_last else None)
         if layer >= first:
             blocks.append(saved)
         del saved  # a block that is not recorded frees its memory before the next one runs
@@ -65,7 +69,7 @@ def forward(
 
 
 def backward(tape: Tape, dhidden: Array, gradients: Gradients) -> None:
-    """Add the gradients of everything trained in the decoder to `gradients`, given `dhidden` [N, D]."""
+    """Add the gradients of everything trained in the decoder to `gradients`, given `dhidden` as `hidden`."""
     context, parameters = tape.context, tape.context.parameters
     layers = context.spec.num_hidden_layers
     if tape.first > layers:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lora.backend import Array, beside, to_host
+from lora.backend import to_host
 from lora.data.packed import Packed, pack
 from lora.dispatch import Ops
 from lora.model import decoder
@@ -53,8 +53,9 @@ def steps(
     new: list[list[int]] = [[] for _ in streams]
     running, batch = list(range(prompts.num_sequences)), prompts
     for _ in range(max_new_tokens):
-        hidden, _ = decoder.forward(ops, parameters, spec, batch, dtype, record=False, cache=cache)
-        logits = to_host(_last_logits(ops, parameters, hidden, batch))
+        last = batch.cu_seqlens[1:] - 1  # what follows each sequence
+        hidden, _ = decoder.forward(ops, parameters, spec, batch, dtype, record=False, cache=cache, read=last)
+        logits = to_host(CausalHead.logits(ops, parameters, hidden, batch.at(last)))
         for row, row_logits in zip(running, logits, strict=True):
             new[row].append(choose(row_logits, sampling, streams[row]))
         going_on = [place for place, row in enumerate(running) if not ended(row, new[row])]
@@ -65,9 +66,3 @@ def steps(
             cache.keep_rows(going_on)
             running = [running[place] for place in going_on]
         batch = pack([new[row][-1:] for row in running])
-
-
-def _last_logits(ops: Ops, parameters: Parameters, hidden: Array, batch: Packed) -> Array:
-    """Return the logits of what follows each sequence, [S, V]."""
-    last = hidden[beside(batch.cu_seqlens[1:] - 1, hidden)]
-    return CausalHead.logits(ops, parameters, last, batch)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lora.backend import Array, linear, wide
-from lora.data.packed import Packed
+from lora.data.packed import IGNORED, Packed
 from lora.dispatch import Ops
 from lora.errors import UsageError
 from lora.model.context import Gradients
@@ -19,6 +19,7 @@ Pooling = Literal["mean", "last"]
 ProblemType = Literal["single_label_classification", "multi_label_classification"]  # Transformers' names
 SINGLE_LABEL: ProblemType = "single_label_classification"
 MULTI_LABEL: ProblemType = "multi_label_classification"
+MOST_WORTH_CUTTING = 7 / 8  # of the tokens: gathering more rows than these costs what it saves
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,13 @@ class CausalHead:
     def logits(ops: Ops, parameters: Parameters, hidden: Array, batch: Packed) -> Array:
         """Return [N, V] in hidden's accumulation dtype, for hidden states [N, D]."""
         return linear(hidden, parameters[_language_head(parameters)])
+
+    @staticmethod
+    def reads(batch: Packed) -> np.ndarray | None:
+        """Return the places [R] of the tokens that the loss reads; None for all or nearly all."""
+        if batch.targets is None or not 0 < batch.counted <= MOST_WORTH_CUTTING * batch.num_tokens:
+            return None
+        return np.flatnonzero(batch.targets != IGNORED)
 
     @staticmethod
     def normalizer(batch: Packed, class_weights: Array | None) -> float:
@@ -94,6 +102,10 @@ class ClassifierHead:
         pooled, _ = ops.pool.forward(hidden, batch.cu_seqlens, kind=self.pooling)
         logits = linear(pooled, parameters["score.weight"])
         return logits + wide(parameters["score.bias"]) if "score.bias" in parameters else logits
+
+    def reads(self, batch: Packed) -> np.ndarray | None:
+        """Return the places [R] of the tokens that are pooled; None for all."""
+        return batch.cu_seqlens[1:] - 1 if self.pooling == "last" else None
 
     def normalizer(self, batch: Packed, class_weights: Array | None) -> float:
         """Return the number of rows, or with class weights the sum of the rows' weights.

@@ -93,8 +93,15 @@ class Model:
 
     def packed_logits(self, batch: Packed) -> Array:
         """Return the logits of a packed batch: [N, V], or a classifier's [S, C]."""
-        hidden, _ = decoder.forward(self.ops, self.parameters, self.spec, batch, self.dtype, record=False)
-        return self.head.logits(self.ops, self.parameters, hidden, batch)
+        read = self.head.reads(batch) if self.is_classifier else None
+        hidden = self._forward(batch, read, record=False)[0]
+        return self.head.logits(self.ops, self.parameters, hidden, batch.at(read))
+
+    def score(self, batch: Packed, class_weights: Array | None = None) -> Any:
+        """Return the Outcome of a packed batch: its summed loss, and how many were right; no gradients."""
+        read = self.head.reads(batch)
+        hidden = self._forward(batch, read, record=False)[0]
+        return self.head.score(self.ops, self.parameters, hidden, batch.at(read), class_weights=class_weights)
 
     def loss_and_gradients(
         self,
@@ -147,11 +154,12 @@ class Model:
         if normalizer <= 0:
             raise DataError("no token of this batch counts: every label is -100, or every class weight zero")
         gradients = Gradients(self.parameters)
-        hidden, tape = decoder.forward(self.ops, self.parameters, self.spec, batch, self.dtype, record=True)
+        read = self.head.reads(batch)
+        hidden, tape = self._forward(batch, read, record=True)
         outcome, dhidden = self.head.loss(
             self.ops,
             hidden,
-            batch,
+            batch.at(read),
             gradients,
             normalizer=normalizer,
             class_weights=class_weights,
@@ -351,7 +359,12 @@ class Model:
 
     def hidden_states(self, batch: Packed) -> Array:
         """Return the normed output of the last block, [N, D] in the compute dtype."""
-        return decoder.forward(self.ops, self.parameters, self.spec, batch, self.dtype, record=False)[0]
+        return self._forward(batch, None, record=False)[0]
+
+    def _forward(self, batch: Packed, read: np.ndarray | None, *, record: bool) -> tuple[Array, decoder.Tape]:
+        return decoder.forward(
+            self.ops, self.parameters, self.spec, batch, self.dtype, record=record, read=read
+        )
 
     def _pack(self, input_ids: Any, attention_mask: Any, labels: Any) -> Packed:
         if attention_mask is None and isinstance(self.head, ClassifierHead) and self.head.pooling == "last":

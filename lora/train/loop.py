@@ -222,8 +222,7 @@ def evaluate_loss(
     for first in range(0, len(examples), batch_size):
         batch = examples.batch(np.arange(first, min(first + batch_size, len(examples))))
         for part in split(batch, max(micro_tokens, int(batch.lengths.max()))):
-            hidden = model.hidden_states(part)
-            outcome = model.head.score(model.ops, model.parameters, hidden, part, class_weights=class_weights)
+            outcome = model.score(part, class_weights)
             loss, correct = loss + outcome.loss, correct + outcome.correct
         counted += batch.counted
         weight += model.head.normalizer(batch, class_weights)
