@@ -50,7 +50,7 @@ def _evaluation(record: Record) -> tuple[Evaluation | None, str | None]:
     if record.state is None:
         return None, "the run has not saved a state yet."
     try:
-        return evaluate_run(record.state, record.recipe, str(record.facts.get("data_hash"))), None
+        return evaluate_run(record.state, record.recipe, record.facts), None
     except LoraError as error:
         note(f"the best state is not evaluated: {error}")
         return None, str(error)

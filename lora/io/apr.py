@@ -97,10 +97,6 @@ class OpenApr:
         """Return the dtype of each tensor, by name."""
         return {entry.name: entry.dtype for entry in self._entries}
 
-    def description(self) -> bytes:
-        """Return all bytes before the first tensor's."""
-        return self._data[: self._header.data].tobytes()
-
     def read_tensors(self) -> dict[str, Array]:
         """Return the tensors: read-only, memory-mapped, in the stored dtype. The whole file is read once.
 

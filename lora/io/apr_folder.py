@@ -125,10 +125,6 @@ class AprFolder:
         found = self._file.read_tensors()
         return {name: array for name, array in found.items() if not name.startswith(_TRAINING_STATE)}
 
-    def description(self) -> bytes:
-        """Return all bytes of the file before the first tensor's."""
-        return self._file.description()
-
     def sources(self) -> list[Path]:
         """Return the files on the disk that are read: this one, and those beside it that it lacks."""
         return [self.path, *self._beside]

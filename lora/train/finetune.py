@@ -21,6 +21,7 @@ from lora.dispatch import Choice, chosen
 from lora.errors import LoraWarning, MissingFileError, UsageError
 from lora.estimate import Plan, plan
 from lora.io.apr_folder import Folder
+from lora.io.base_hash import base_hash
 from lora.io.checkpoint import read_config
 from lora.io.convert import folder_to_apr
 from lora.io.hub import require_path, resolve
@@ -35,7 +36,7 @@ from lora.train.config import FinetuneConfig
 from lora.train.examples import Data, Examples, data_hash, detect_task, read_data, tokenise
 from lora.train.identity import check_same_run, run_identity
 from lora.train.loop import Loop, Progress
-from lora.train.model_card import CARD_SETTINGS, base_hash, epoch_facts, write_model_card
+from lora.train.model_card import CARD_SETTINGS, epoch_facts, write_model_card
 from lora.train.optimizer import AdamW
 from lora.train.oversampling import oversampled
 from lora.train.recipe import RECIPE_FILE, write_recipe
@@ -290,7 +291,7 @@ def _train(model: Model, checked: Checked, callbacks: list[Callback]) -> Run:
     train, validation = examples.subset(train_rows), examples.subset(validation_rows)
     weights = _class_weights(config, train, prepared.class_names)
     facts: dict[str, Any] = {"data_hash": data_hash(prepared.data), "base": prepared.base}
-    facts |= {"base_hash": base_hash(model.checkpoint.folder), "rows": len(examples)}
+    facts |= {"base_hash": base_hash(model.checkpoint), "rows": len(examples)}
     facts |= {"training": {name: getattr(config, name) for name in CARD_SETTINGS}}
     optimizer = AdamW(model, config.learning_rate, weight_decay=config.weight_decay)
     folder = RunFolder.begin(

@@ -9,14 +9,13 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lora.errors import UsageError
-from lora.io.apr_folder import AprFolder, Folder, is_apr
+from lora.io.apr_folder import is_apr
 from lora.io.atomic import write_text
 from lora.io.checkpoint import read_json_object
 from lora.io.lora_config import LoraConfig
@@ -57,24 +56,6 @@ def check_is_adapter(folder: Path) -> None:
 def epoch_facts(epoch: EpochDone) -> dict[str, Any]:
     """Return what the card says of an epoch: what the same run finds again, and so no times."""
     return {name: value for name, value in epoch.as_dict().items() if name in EPOCH_COLUMNS}
-
-
-def base_hash(folder: Folder) -> str:
-    """Return a SHA-256 of a checkpoint's config.json and of the header of each of its safetensors files.
-
-    Of an APR file all that comes before the tensors takes the headers' place.
-
-    It tells one architecture, dtype and set of tensors from another, and not two trainings of the same.
-    """
-    digest = sha256((folder / "config.json").read_bytes())
-    if isinstance(folder, AprFolder):
-        digest.update(folder.description())
-        return digest.hexdigest()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            size = file.read(8)
-            digest.update(size + file.read(int.from_bytes(size, "little")))
-    return digest.hexdigest()
 
 
 def write_model_card(

@@ -7,7 +7,7 @@ say which rows those were, and the numbers are those of the bytes on the disk.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from lora.data.instruct import Dialogue, InstructData
 from lora.data.packed import split
 from lora.data.split import stratified_split
 from lora.errors import ValidationError
-from lora.model.loading import load
+from lora.io.checkpoint import open_checkpoint
+from lora.model.loading import base_change, load
 from lora.model.model import Model
 from lora.train.classification_metrics import (
     CALIBRATION_BINS,
@@ -72,16 +73,25 @@ class Evaluation:
     worst: tuple[WorstRow, ...]  # the largest loss first
 
 
-def evaluate_run(state: Path, recipe: Path, expected_hash: str) -> Evaluation:
+def evaluate_run(state: Path, recipe: Path, facts: Mapping[str, Any]) -> Evaluation:
     """Run the state in the folder `state` on the validation rows of the run that `recipe` repeats.
+
+    Args:
+        state: a kept state of the run.
+        recipe: the run's.
+        facts: from run.json, the hashes of data and base.
 
     Raises:
         LoraError: the recipe, the data or the base is not there any more, or not what it was.
     """
     prepared = _prepare(recipe)
     found = data_hash(prepared.data)
-    if found != expected_hash:
+    if found != facts.get("data_hash"):
         raise ValidationError(f"{prepared.data_path}: the rows are not those of the run ({found[:12]}...)")
+    if prepared.config.method == "lora":  # any other state is a base of its own
+        change = base_change(open_checkpoint(prepared.folder), facts)
+        if change is not None:
+            raise ValidationError(change)
     model = load(state, dtype=prepared.config.dtype)
     examples = prepared.examples
     _, rows = stratified_split(examples.strata, prepared.config.val_split, prepared.config.seed)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lora.cli.main import run
+from lora.io.safetensors_file import read_tensors, write_tensors
 from lora.train.finetune import finetune
 from tests.data.files import tokenizer_folder, write_jsonl
 from tests.harness.models import TINY_QWEN2, write_model
@@ -69,6 +71,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_base(base: Path, tmp_path: Path) -> Path:
     """A copy of the base that a test may break."""
     return Path(shutil.copytree(base, tmp_path / "own-base"))
+
+
+def retrain(base: Path) -> None:
+    """Change the values of every weight of a checkpoint a little, and nothing else."""
+    path = base / "model.safetensors"
+    weights = {name: array * np.float32(1.001) for name, array in read_tensors(path).items()}
+    path.unlink()  # its pages may be mapped
+    write_tensors(path, weights, {"format": "pt"})
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from lora.io.lora_config import LoraConfig
 from lora.model.loading import load
 from lora.train.evaluate import evaluate, read_examples_for
 from lora.train.finetune import finetune
-from lora.train.model_card import base_hash, model_card
+from lora.train.model_card import model_card
 from tests.cli.conftest import LABELLED
 from tests.data.files import write_jsonl
 
@@ -217,12 +217,3 @@ def test_a_card_needs_an_adapter(lora, own_base, texts) -> None:
     assert outcome.exit_code == 2
     assert "adapter_config.json" in outcome.err
     assert not (own_base / "README.md").exists()
-
-
-def test_the_hash_of_a_base_is_of_its_config_and_headers(own_base) -> None:
-    before = base_hash(own_base)
-    weights = own_base / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
-    assert base_hash(own_base) == before
-    (own_base / "config.json").write_text((own_base / "config.json").read_text() + " ")
-    assert base_hash(own_base) != before

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 
 import numpy as np
 import pytest
 
 from lora.model.loading import load
-from tests.cli.conftest import LABELLED
+from tests.cli.conftest import LABELLED, retrain
 from tests.data.files import write_jsonl
 
 TEXTS = ["good news", "bad news", "no news"]
@@ -126,3 +127,21 @@ def test_texts_are_cut_as_the_adapter_was_trained(lora, base, rows, tmp_path) ->
         assert "longer than 4 tokens" in as_trained.err
         assert as_trained.document == lora(*command, "--json", "--max-seq-len", "4").document
         assert lora(*command, "--json", "--max-seq-len", "512").document["truncated_rows"] == 0
+
+
+@pytest.mark.parametrize("command", ["predict", "eval", "merge"])
+def test_a_base_that_was_trained_since_is_said(lora, own_base, adapter, rows, tmp_path, command: str) -> None:
+    arguments = {
+        "predict": (adapter, "a text", "--base", own_base),
+        "eval": (adapter, "-d", rows, "--base", own_base),
+        "merge": (own_base, "--adapter", adapter, "-o", tmp_path / "merged"),
+    }[command]
+    assert lora(command, *arguments).err == ""
+    retrain(own_base)
+    shutil.rmtree(tmp_path / "merged", ignore_errors=True)
+    outcome = lora(command, *arguments)
+    assert outcome.exit_code == 0
+    assert outcome.err.startswith(
+        f"note: {own_base} is not the base that was trained on, or has changed since"
+    )
+    assert outcome.err.count("\n") == 1

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from lora.train.finetune import finetune
+from tests.cli.conftest import retrain
 from tests.data.files import write_jsonl
 
 QUICK = ("--epochs", "2", "--batch-size", "4", "--learning-rate", "0.02")
@@ -183,7 +184,7 @@ def test_what_the_data_says_is_text(lora, base, tmp_path) -> None:
         assert any(value == text for name, value in found.attributes if name == "title")
 
 
-@pytest.mark.parametrize("gone", ["data", "base", "recipe", "changed"])
+@pytest.mark.parametrize("gone", ["data", "base", "recipe", "changed", "weights"])
 def test_what_is_not_there_any_more_is_said_and_the_rest_shown(
     lora, own_base, rows, tmp_path, gone: str
 ) -> None:
@@ -195,11 +196,14 @@ def test_what_is_not_there_any_more_is_said_and_the_rest_shown(
         shutil.rmtree(own_base)
     elif gone == "recipe":
         (tmp_path / "run" / "recipe.yaml").unlink()
+    elif gone == "weights":
+        retrain(own_base)
     else:
         write_jsonl(data, [{"input": f"other {i}", "label": "good" if i % 2 else "bad"} for i in range(20)])
     outcome = lora("report", tmp_path / "run", "--json")
     assert (outcome.exit_code, outcome.document["scores"]) == (0, None)
     assert outcome.err.startswith("note: the best state is not evaluated:")
+    assert outcome.err.count("\n") == 1
     text = words(page(tmp_path / "run").text)
     assert "Without the parts that need an evaluation" in text
     assert "Learning rate" in text

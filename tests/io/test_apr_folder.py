@@ -30,8 +30,12 @@ from tests.harness.claims import assert_killed, claimed, planted
 from tests.io.test_apr import resealed
 from tests.train.tiny import base
 
-# a mean-pooled head, which Transformers reads otherwise
-pytestmark = pytest.mark.filterwarnings("ignore:Transformers:lora.errors.LoraWarning")
+pytestmark = [
+    # a mean-pooled head, which Transformers reads otherwise
+    pytest.mark.filterwarnings("ignore:Transformers:lora.errors.LoraWarning"),
+    # the hash of FACTS is nobody's
+    pytest.mark.filterwarnings("ignore:.* is not the base:lora.errors.LoraWarning"),
+]
 
 CONTRACT = training_contract("apr_folder")
 IDS = np.arange(12).reshape(2, 6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,11 @@ from hypothesis import strategies as st
 from lora.backend import named_stream
 from lora.contracts import training_contract
 from lora.data.packed import Packed, pack, pack_causal
+from lora.errors import LoraWarning
+from lora.io.base_hash import base_hash
+from lora.io.checkpoint import Checkpoint
 from lora.io.lora_config import LoraConfig
+from lora.io.save_checkpoint import save_checkpoint
 from lora.model.loading import load
 from lora.model.model import Model
 from lora.train.optimizer import AdamW
@@ -124,12 +129,36 @@ def check_unmerge(system: Any, case: Case) -> None:
     np.testing.assert_array_equal(model(case.ids()), logits)
 
 
+def check_base_is_known(system: Any, case: Case) -> None:
+    with TemporaryDirectory() as parent, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora.model.loading.base_hash", system.base_hash)
+        folder = Path(shutil.copytree(base(), Path(parent) / "base"))
+        model = case.model(folder)
+        model.add_adapter(case.config())
+        facts = {"base_hash": system.base_hash(model.checkpoint)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LoraWarning)  # a mean-pooled head
+            model.save_adapter(Path(parent) / "adapter", metadata=facts)
+        weights, config = dict(model.checkpoint.tensors), dict(model.checkpoint.config)
+        save_checkpoint(Path(parent) / "shards", weights, config, shard_bytes=5_000)
+        load(Path(parent) / "adapter")
+        load(Path(parent) / "adapter", base=Path(parent) / "shards")  # a warning is an error here
+        name = sorted(weights)[case.seed % len(weights)]
+        moved = weights | {name: weights[name] * np.float32(1 + 1e-6)}
+        longer = config | {"rope_theta": 2 * config["rope_theta"]}
+        for number, changed in enumerate(((moved, config), (weights, longer))):
+            save_checkpoint(Path(parent) / f"changed-{number}", *changed)
+            with pytest.warns(LoraWarning, match=f"changed-{number} is not the base that was trained on"):
+                load(Path(parent) / "adapter", base=Path(parent) / f"changed-{number}")
+
+
 CHECKS = {
     "ADAPTER-001": check_base_stays,
     "ADAPTER-002": check_starts_as_the_base,
     "ADAPTER-003": check_start_of_each,
     "ADAPTER-004": check_merge,
     "ADAPTER-005": check_unmerge,
+    "ADAPTER-006": check_base_is_known,
 }
 CASES = st.builds(
     Case,
@@ -148,7 +177,11 @@ def train(model: Model, case: Case) -> None:
 
 
 LIBRARY = SimpleNamespace(
-    attach=Model.add_adapter, train=train, merge=Model.merge_adapter, unmerge=Model.unmerge_adapter
+    attach=Model.add_adapter,
+    train=train,
+    merge=Model.merge_adapter,
+    unmerge=Model.unmerge_adapter,
+    base_hash=base_hash,
 )
 
 
@@ -216,6 +249,19 @@ def subtracts_the_product(model: Model) -> None:
     model.parameters.merged = None
 
 
+def hashes_the_headers(checkpoint: Checkpoint) -> str:
+    headers = {name: (str(array.dtype), array.shape) for name, array in checkpoint.tensors.items()}
+    return str((dict(checkpoint.config), sorted(headers.items())))
+
+
+def hashes_the_weights_alone(checkpoint: Checkpoint) -> str:
+    return str({name: checkpoint.tensors[name].tobytes() for name in sorted(checkpoint.tensors)})
+
+
+def hashes_the_files(checkpoint: Checkpoint) -> str:
+    return str(sorted(file_bytes(checkpoint.folder).items()))
+
+
 def _factors(model: Model) -> dict[str, Any]:
     adapter = model.parameters.adapter
     assert adapter is not None
@@ -232,6 +278,9 @@ MUTANTS = {
     "merges_one_module_less": _bug(merge=merges_one_module_less),
     "leaves_the_adapter_on": _bug(merge=leaves_the_adapter_on),
     "subtracts_the_product": _bug(unmerge=subtracts_the_product),
+    "hashes_the_headers": _bug(base_hash=hashes_the_headers),
+    "hashes_the_weights_alone": _bug(base_hash=hashes_the_weights_alone),
+    "hashes_the_files": _bug(base_hash=hashes_the_files),
 }
 
 
