@@ -54,6 +54,8 @@ def _marked_by_its_author(dialogue: Dialogue, template: ChatTemplate) -> Supervi
 
 def _span(dialogue: Dialogue, template: ChatTemplate, text: str, turn: int) -> Span:
     messages, tools = dialogue.messages, dialogue.tools
+    if turn == 0:
+        _check_begins_with_nothing(template, tools)
     followed = any(message["role"] == "user" for message in messages[turn + 1 :])
     before = _rendered(messages[:turn], tools, template, followed=followed)
     through = _rendered(messages[: turn + 1], tools, template, followed=followed).rstrip()
@@ -73,6 +75,17 @@ def _span(dialogue: Dialogue, template: ChatTemplate, text: str, turn: int) -> S
     if not len(before) < start < len(through):
         raise DataError(f"the chat template writes nothing to learn for message {turn + 1}")
     return start, len(through)
+
+
+def _check_begins_with_nothing(template: ChatTemplate, tools: Sequence[Any] | None) -> None:
+    """Refuse a template that cannot write what stands before a first message: many look at `messages[0]`."""
+    try:
+        template.render([], tools)
+    except DataError as error:
+        raise DataError(
+            "message 1: expected a user's or a system message, found the assistant's, and the chat template "
+            "cannot tell where that begins: put a user's message before it, or leave it out"
+        ) from error
 
 
 def _rendered(

@@ -93,6 +93,21 @@ def test_the_checkpoint_s_own_template_is_used(lora, own_base, dialogues) -> Non
     assert outcome.out.splitlines()[1] == "[user] say 0;[assistant] 【it is 0;】"
 
 
+def test_a_row_that_the_assistant_begins_is_named_by_its_line(lora, own_base, tmp_path) -> None:
+    (own_base / "chat_template.jinja").write_text(
+        "{% if messages[0].role != 'system' %}[system]{% endif %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows = [{"messages": [asked, answered]}, "", {"messages": [answered, asked, answered]}]
+    data = write_jsonl(tmp_path / "chats.jsonl", rows)
+    outcome = lora("finetune", own_base, "-d", data, "-o", tmp_path / "run", *QUICK)
+    assert (outcome.exit_code, outcome.err.count("\n")) == (5, 1)
+    assert outcome.err.startswith("error: line 3: message 1: expected a user's or a system message")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_belongs_to_a_model_s_view_is_refused_without_one(lora, dialogues) -> None:
     assert lora("inspect", "data", dialogues, "-n", "2").exit_code == 2
     assert lora("inspect", "data", dialogues, "--max-seq-len", "9").exit_code == 2

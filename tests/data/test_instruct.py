@@ -103,6 +103,24 @@ def test_a_completion_ends_with_one_eos(completion: str, learned: str) -> None:
     assert (row.text[:start], row.text[start:end]) == ("p", learned)
 
 
+FIRST = "{% set first = messages[0].role %}"  # as the templates of Qwen look at the first message
+LIST = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def test_an_assistant_may_begin_where_the_template_lets_it() -> None:
+    begun = Dialogue((ANSWER, USER, ANSWER), None, "", "")
+    row = supervise(begun, ChatTemplate(LIST + PROMPT), "")
+    assert [row.text[start:end] for start, end in row.spans] == ["b", "b"]
+    with pytest.raises(DataError) as caught:
+        supervise(begun, ChatTemplate(FIRST + LIST + PROMPT), "")
+    assert str(caught.value) == (
+        "message 1: expected a user's or a system message, found the assistant's, and the chat template "
+        "cannot tell where that begins: put a user's message before it, or leave it out"
+    )
+    assert supervise(begun._replace(messages=(USER, ANSWER)), ChatTemplate(FIRST + LIST + PROMPT), "").spans
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
