@@ -53,7 +53,8 @@ def demo(output: str, quiet: bool, as_json: bool) -> None:
         raise ValidationError(
             f"{output} holds an earlier demo ({', '.join(there)}); name another folder with -o, or remove it"
         )
-    with progress(quiet=quiet) as callback:
+    anew = f"a demo cannot go on; begin a new one in another folder with -o, or remove {output}"
+    with progress(quiet=quiet, after_interrupt=anew) as callback:
         shown = run_demo(Path(output), callback)
     if as_json:
         print_json(shown.as_dict())

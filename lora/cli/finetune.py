@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = FinetuneConfig()
 OUTPUT = "checkpoints"
+GO_ON = "the same command with --resume goes on"
 
 
 def setting(flag: str, *short: str, help: str, default: str | None = None, **more: Any) -> Callable[..., Any]:
@@ -184,7 +185,7 @@ def finetune(
     from lora.cli.progress import progress
     from lora.train.finetune import finetune as train
 
-    with progress(quiet=quiet) as callback:
+    with progress(quiet=quiet, after_interrupt=GO_ON) as callback:
         run = train(inputs.model, inputs.data, output=output, callbacks=[callback], **settings)
     if as_json:
         print_json(run.as_dict() | {"base_model": str(inputs.model), "data": str(inputs.data)})
@@ -206,7 +207,7 @@ def _train_each(
     from lora.cli.progress import progress
     from lora.train.several import finetune_each
 
-    with progress(quiet=quiet) as callback:
+    with progress(quiet=quiet, after_interrupt=GO_ON) as callback:
         runs = finetune_each(model, adapters, callbacks=[callback], **settings)
     if as_json:
         documents = [run.as_dict() | {"data": data} for run, (data, _) in zip(runs, adapters, strict=True)]

@@ -20,8 +20,23 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 @contextmanager
-def progress(*, quiet: bool = False) -> Iterator[Callback]:
-    """Give the callback for this process's stderr, and leave the terminal as it was."""
+def progress(*, quiet: bool = False, after_interrupt: str) -> Iterator[Callback]:
+    """Give the callback for this process's stderr, and leave the terminal as it was.
+
+    Args:
+        quiet: say only what the user must know.
+        after_interrupt: what can be done after Ctrl-C, said there.
+    """
+    try:
+        with _shown(quiet=quiet) as callback:
+            yield callback
+    except KeyboardInterrupt:
+        note(after_interrupt)
+        raise
+
+
+@contextmanager
+def _shown(*, quiet: bool) -> Iterator[Callback]:
     if quiet:
         yield Notes()
     elif not sys.stderr.isatty():

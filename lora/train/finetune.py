@@ -337,8 +337,8 @@ def _run(loop: Loop, folder: RunFolder) -> None:
         folder.save(LAST)
         for callback in loop.callbacks:
             callback.said(
-                f"interrupted after step {loop.progress.step}: the same command with --resume goes on from "
-                f"{folder.path / STATE_FILE}; what is trained so far is in {folder.path / LAST}"
+                f"interrupted after step {loop.progress.step}: the run's state is {folder.path / STATE_FILE}; "
+                f"what is trained so far is in {folder.path / LAST}"
             )
         raise
 

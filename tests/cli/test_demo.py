@@ -42,6 +42,19 @@ def test_text_compares_and_says_where_everything_is(lora, tmp_path) -> None:
         assert (tmp_path / "demo" / written).exists()
 
 
+def test_ctrl_c_advises_what_a_demo_has(lora, tmp_path, monkeypatch) -> None:
+    def interrupt(self, event) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora.cli.progress.ProgressLines.step_done", interrupt)
+    outcome = lora("demo", "-o", tmp_path / "demo")
+    assert outcome.exit_code == 130
+    assert "resume" not in outcome.err
+    assert str(tmp_path / "demo" / "lora" / "last") in outcome.err
+    said = "note: a demo cannot go on; begin a new one in another folder with -o, or remove "
+    assert f"{said}{tmp_path / 'demo'}\n" in outcome.err
+
+
 def test_it_is_the_same_twice_and_overwrites_nothing(lora, tmp_path) -> None:
     first, second = (lora("demo", "-o", tmp_path / name, "-q", "--json") for name in ("a", "b"))
     assert first.exit_code == second.exit_code == 0

@@ -161,6 +161,7 @@ def test_ctrl_c_saves_the_last_state_and_says_where(lora, base, rows, tmp_path, 
     outcome = lora("finetune", base, "-d", rows, "-o", tmp_path / "run", *QUICK, "--json")
     assert (outcome.exit_code, outcome.document["exit_code"]) == (130, 130)
     assert str(tmp_path / "run" / "last") in outcome.err
+    assert "note: the same command with --resume goes on\n" in outcome.err
     assert load_adapter(tmp_path / "run" / "last")
     monkeypatch.undo()
     resumed = lora("finetune", base, "-d", rows, "-o", tmp_path / "run", *QUICK, "--json", "--resume")
