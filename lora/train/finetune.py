@@ -337,7 +337,7 @@ def _run(loop: Loop, folder: RunFolder) -> None:
         folder.save(LAST)
         for callback in loop.callbacks:
             callback.said(
-                f"interrupted after step {loop.progress.step}: the run's state is {folder.path / STATE_FILE}; "
+                f"interrupted after step {loop.progress.step}: its state is in {folder.path / STATE_FILE}; "
                 f"what is trained so far is in {folder.path / LAST}"
             )
         raise
