@@ -42,11 +42,15 @@ def make_plan(config: FinetuneConfig, model: str | None, data: str | None, vram:
     from lora.io.apr_folder import open_folder
     from lora.io.checkpoint import read_config
     from lora.io.hub import require_path
-    from lora.spec import check_named_size, read_spec, size_spec
+    from lora.spec import check_named_size, read_spec, size_names, size_spec
 
     target = model if model is not None else config.model_size
     if target is None:
-        raise UsageError("Either model path or --model-size required, for example --model-size 0.5B")
+        sizes = ", ".join(dict.fromkeys(size for _, size in size_names().values()))
+        raise UsageError(
+            "Either model path or --model-size required: a plan expects MODEL (a folder, .apr or hub id) "
+            f"or --model-size and nothing else, one of {sizes}; found neither"
+        )
     if config.model_size is not None:
         size_spec(config.model_size)  # an unknown size is a wrong flag, and flags are checked first
     if model is not None:

@@ -46,6 +46,16 @@ def test_json_is_the_plan_of_the_library(lora) -> None:
     assert (document["num_classes"], document["adapter_params_stored"]) == (5, 6946816)
 
 
+@pytest.mark.parametrize("task", [(), ("--task", "classify"), ("--task", "causal")])
+def test_a_plan_without_a_model_says_what_is_needed(lora, task: tuple[str, ...]) -> None:
+    outcome = lora("finetune", *task, "--plan")
+    assert (outcome.exit_code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert "expects MODEL (a folder, .apr or hub id) or --model-size and nothing else" in outcome.err
+    for size in ("0.5b", "7b", "27b"):
+        assert f" {size}" in outcome.err
+        assert lora("finetune", *task, "--plan", "--model-size", size).exit_code == 0
+
+
 def test_help_tells_the_default_budget(lora) -> None:
     assert f"[default: ({Settings.vram_gb})]" in " ".join(lora("finetune", "--help").out.split())
 
