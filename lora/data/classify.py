@@ -5,14 +5,15 @@ Contract: contracts/classification-finetune-v1.yaml.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora.data.rows import Problems, Row, RowError, field, kind, read_parsed, text_field
-from lora.errors import DataError
+from lora.data.rows import SHOWN, Problems, Row, RowError, field, kind, read_parsed, text_field
+from lora.errors import DataError, LoraWarning
 
 # a larger label, in a file of fewer rows, is an id or a slip of the pen: num_classes must confirm it
 INFERRED_CLASSES = 1000
@@ -64,6 +65,9 @@ def read_examples(
         class_names: the classes of a trained adapter in the order of its head. Strings are looked up in it
             and integers index it, so that a file means the same at evaluation as in training.
         num_classes: how many outputs the head has; string labels must make as many.
+
+    Warns:
+        LoraWarning: integer labels have gaps, so that there are classes without a row.
 
     Raises:
         MissingFileError: there is no such file.
@@ -128,7 +132,23 @@ def _indexed(
     indices = _indices(same, names, problems)
     problems.raise_any()
     _check_count(path, names, num_classes)
+    if class_names is None and num_classes is None:
+        _warn_of_empty(path, names, indices)
     return names, indices
+
+
+def _warn_of_empty(path: str | Path, names: tuple[str, ...], indices: np.ndarray) -> None:
+    empty = [names[index] for index in np.flatnonzero(np.bincount(indices, minlength=len(names)) == 0)]
+    if empty:
+        more = f" and {len(empty) - SHOWN} more" if len(empty) > SHOWN else ""
+        which = f"{', '.join(empty[:SHOWN])}{more}"
+        which = f"class {which} has" if len(empty) == 1 else f"classes {which} have"
+        warnings.warn(
+            f"{path}: {which} no row, of {len(names)} from 0 to the largest label; number the labels without "
+            f"gaps, write names, or give num_classes = {len(names)} if it is meant",
+            LoraWarning,
+            stacklevel=4,
+        )
 
 
 def _of_one_kind(examples: list[_Example], problems: Problems) -> list[_Example]:

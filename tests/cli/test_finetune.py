@@ -302,6 +302,19 @@ def test_checks_come_in_order_and_nothing_is_written_before_they_pass(
     assert set(tmp_path.rglob("*")) <= set(before)
 
 
+def test_a_class_without_a_row_is_said(lora, base, tmp_path) -> None:
+    rows = [{"input": f"text {i}", "label": (0, 1, 5)[i % 3]} for i in range(12)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    run = ("finetune", base, "-d", data, "-o", tmp_path / "run", *QUICK, "-q", "--pooling", "last")
+    said = f"note: {data}: classes 2, 3, 4 have no row, of 6"
+    for more in (("--no-head-bias", "--json"), ("--plan", "--json")):
+        outcome = lora(*run, *more)
+        assert outcome.exit_code == 0
+        assert outcome.err.startswith(said)
+        assert outcome.err.count("\n") == 1
+        assert outcome.document["status"] in ("training_complete", "planned")
+
+
 def test_all_bad_rows_are_listed(lora, base, tmp_path) -> None:
     data = write_jsonl(
         tmp_path / "rows.jsonl", [{"input": "a", "label": "b"}, "{", {"input": "a", "label": None}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora.data.classify import read_examples
-from lora.errors import DataError
+from lora.errors import DataError, LoraWarning
 from tests.data.files import write_jsonl
 
 
@@ -31,7 +32,10 @@ def test_integer_labels_index_the_classes(labels: list[int], spare: int) -> None
     with TemporaryDirectory() as folder:
         path = write_jsonl(Path(folder) / "train.jsonl", rows(*labels, 1))
         num_classes = max(*labels, 1) + 1 + spare
-        given_, inferred = read_examples(path, num_classes=num_classes), read_examples(path)
+        given_ = read_examples(path, num_classes=num_classes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LoraWarning)  # of the classes between
+            inferred = read_examples(path)
     np.testing.assert_array_equal(given_.labels, [*labels, 1])
     assert given_.labels.dtype == np.int64
     assert given_.class_names == tuple(map(str, range(num_classes)))
@@ -143,4 +147,28 @@ def test_a_label_that_looks_like_an_id_needs_num_classes(tmp_path: Path) -> None
     assert "label 4711 at line 3 out of range (num_classes=2)" in refusal(tmp_path, rows(0, 1, 4711))
     data = read_examples(write_jsonl(tmp_path / "train.jsonl", rows(0, 1, 4711)), num_classes=4712)
     assert data.labels[2] == 4711
-    assert len(read_examples(write_jsonl(tmp_path / "few.jsonl", rows(0, 999))).class_names) == 1000
+    with pytest.warns(LoraWarning, match=r", 20 and 978 more have no row, of 1000 "):
+        assert len(read_examples(write_jsonl(tmp_path / "few.jsonl", rows(0, 999))).class_names) == 1000
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (
+            [0, 1, 5],
+            "classes 2, 3, 4 have no row, of 6 from 0 to the largest label; number the labels without gaps",
+        ),
+        ([2, 0], "class 1 has no row, of 3 .* or give num_classes = 3 if it is meant"),
+        ([1, 2], "class 0 has no row, of 3"),
+    ],
+)
+def test_labels_with_gaps_are_said_unless_the_classes_are_counted(
+    tmp_path: Path, labels: list[int], said: str
+) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", rows(*labels))
+    with pytest.warns(LoraWarning, match=f"train.jsonl: {said}"):
+        read_examples(path)
+    # a warning is an error here
+    read_examples(path, num_classes=max(labels) + 1)
+    read_examples(path, class_names=tuple("abcdef"))
+    read_examples(write_jsonl(path, rows(*range(len(labels)))))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lora.data.classify import ClassifyData, read_multi_label
 from lora.data.packed import pack, pack_padded, split
 from lora.data.packing import micro_batches
-from lora.errors import DataError, ShapeError
+from lora.errors import DataError, LoraWarning, ShapeError
 from lora.train.examples import data_hash, detect_task, read_data
 from tests.data.files import write_jsonl
 
@@ -32,7 +32,8 @@ def test_names_are_those_of_all_rows_in_order(tmp_path: Path) -> None:
 
 
 def test_integers_are_indices(tmp_path: Path) -> None:
-    data = read(tmp_path, [2], [], [0, 2])
+    with pytest.warns(LoraWarning, match="class 1 has no row, of 3"):
+        data = read(tmp_path, [2], [], [0, 2])
     assert data.class_names == ("0", "1", "2")
     assert data.labels.tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 1]]
     assert read(tmp_path, [0], num_classes=4).labels.tolist() == [[1, 0, 0, 0]]
