@@ -40,12 +40,17 @@ def finetune_each(
         **settings: fields of `FinetuneConfig`.
 
     Raises:
-        UsageError: there is no run, or two would write into one folder.
+        UsageError: there is no run, two would write into one folder, or the method makes no adapter.
         LoraError: as in `finetune`; what has ended stays complete.
     """
     outputs = [Path(output) for _, output in runs]
     _check_apart([run_places(output)[0] for output in outputs])
     config = settings_of_run(task, settings)
+    if config.method not in ("auto", "lora"):
+        raise UsageError(
+            f"several adapters on one base: expected method auto or lora, found {config.method!r}; "
+            "start a run of its own for each file of rows"
+        )
     going_on = {"resume": resume, "allow_data_mismatch": allow_data_mismatch}
     checked = [
         check_run(config, model, Path(data), output, **going_on)

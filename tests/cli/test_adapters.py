@@ -75,6 +75,8 @@ def test_a_recipe_of_settings_alone_goes_with_adapters(lora, base, rows, tmp_pat
         (["base", "--adapters", "a:b", "--data", "rows.jsonl"], "--data"),
         (["base", "--adapters", "a:b", "-o", "checkpoints"], "-o"),
         (["base", "--adapters", "a:b", "--plan"], "--plan"),
+        (["base", "--adapters", "a:b", "--method", "full"], "expected method auto or lora, found 'full'"),
+        (["base", "--adapters", "a:b", "--method", "head"], "expected method auto or lora, found 'head'"),
         (["base", "--adapters", "a:b", "--allow-data-mismatch"], "resume"),
         (["--adapters", "a:b"], "MODEL"),
     ],
