@@ -11,7 +11,7 @@ import click
 from lora.cli.learned import print_learned
 from lora.cli.options import given, length_option, output_options
 from lora.cli.output import LISTED, listed, one_line, print_facts, print_json
-from lora.errors import MissingFileError, UsageError
+from lora.errors import DataError, MissingFileError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -38,7 +38,7 @@ def inspect(
     max_seq_len: int,
     as_json: bool,
 ) -> None:
-    """Say what PATH is and holds: a checkpoint, an adapter, a run, a safetensors or .apr file, or data.
+    """Say what PATH is: a checkpoint, an adapter, a run, a .safetensors or .apr file, a recipe, or data.
 
     `lora inspect data FILE` reads FILE as rows of --task, or of the task that their fields name. With
     --model, rows of texts or instructions are shown as that model would learn them: what is learned stands
@@ -64,7 +64,7 @@ def _describe(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise MissingFileError(f"{path}: no such file or folder")
     if path.is_file():
-        return _FILES.get(path.suffix.lower(), _data_file)(path)
+        return _FILES.get(path.suffix.lower(), _other_file)(path)
     from lora.io.peft import CONFIG
 
     if (path / CONFIG).is_file():
@@ -141,6 +141,24 @@ def _apr_file(path: Path) -> dict[str, Any]:
     }
 
 
+def _recipe_file(path: Path) -> dict[str, Any]:
+    from lora.train.recipe import read_recipe
+
+    return {"kind": "recipe", **read_recipe(path)}
+
+
+def _other_file(path: Path) -> dict[str, Any]:
+    from lora.data.rows import scan_jsonl
+
+    rows, _ = scan_jsonl(path)
+    if not rows:
+        raise DataError(
+            f"{path}: expected rows of data (JSON Lines), weights (.safetensors, .apr), a recipe (.yaml), or "
+            "the folder of a checkpoint, an adapter or a run; found a file without a row"
+        )
+    return _data_file(path)
+
+
 def _contents(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "tensors": len(tensors),
@@ -193,12 +211,18 @@ def _spread(lengths: list[int]) -> dict[str, int]:
 
 def _shown(value: Any) -> str | None:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items() if item is not None)
     if isinstance(value, list | tuple):
-        return listed(value)
+        parts = [_shown(part) if isinstance(part, dict) else part for part in value]
+        return listed(parts, ", " if parts == list(value) else "; ") or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else None if value is None else str(value)
 
 
-_FILES = {".safetensors": _weights_file, ".apr": _apr_file}
+_FILES = {
+    ".safetensors": _weights_file,
+    ".apr": _apr_file,
+    ".yaml": _recipe_file,
+    ".yml": _recipe_file,
+}

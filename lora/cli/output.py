@@ -50,10 +50,10 @@ def print_facts(facts: dict[str, Any], *, err: bool = False) -> None:
         click.echo(f"{name + ':':<{width}} {value}", err=err)
 
 
-def listed(names: Sequence[Any]) -> str:
-    """Return the first 20 names with commas, and how many more there are."""
+def listed(names: Sequence[Any], separator: str = ", ") -> str:
+    """Return the first 20 names with commas between, or another separator, and how many more there are."""
     more = [f"and {len(names) - LISTED} more"] if len(names) > LISTED else []
-    return ", ".join([*map(str, names[:LISTED]), *more])
+    return separator.join([*map(str, names[:LISTED]), *more])
 
 
 def size(count: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 
 import numpy as np
@@ -51,6 +53,50 @@ def test_a_run(lora, adapter, base) -> None:
     document = lora("inspect", adapter.parent, "--json").document
     assert (document["kind"], document["base"]) == ("run", str(base))
     assert document["states"] == ["best", "epoch-1"]
+
+
+def test_a_run_is_written_as_a_person_would(lora, adapter) -> None:
+    facts = json.loads((adapter.parent / "run.json").read_text())
+    lines = dict(line.split(":", 1) for line in lora("inspect", adapter.parent).out.splitlines())
+    [part] = facts["parts"]
+    assert lines["Parts"].strip().startswith(f"from_step 0, data sha256 {part['data']['sha256']}, lora 0.")
+    assert "epochs 1, learning_rate 0.1" in lines["Settings"]
+    for value in lines.values():
+        assert not re.search(r"[{}\[\]']|None|False|True", value)
+    epochs = lora("inspect", adapter).out.partition("\nEpochs:")[2].partition("\n")[0]
+    assert epochs.strip().startswith("epoch 1, train_loss ")
+
+
+def test_parts_of_a_run_that_went_on_stand_apart(lora, adapter, tmp_path) -> None:
+    facts = json.loads((adapter.parent / "run.json").read_text())
+    parts = [{"from_step": 0, "GPU": None}, {"from_step": 5, "data": {"sha256": "ab"}}]
+    (tmp_path / "run.json").write_text(json.dumps(facts | {"parts": parts}))
+    out = lora("inspect", tmp_path).out
+    assert re.search(r"^Parts: +from_step 0; from_step 5, data sha256 ab$", out, re.MULTILINE)
+    assert re.search(r"^States: +none$", out, re.MULTILINE)
+
+
+def test_a_recipe(lora, adapter, tmp_path) -> None:
+    recipe = adapter.parent / "recipe.yaml"
+    document = lora("inspect", recipe, "--json").document
+    assert (document["kind"], document["epochs"], document["output"]) == ("recipe", 1, str(adapter.parent))
+    assert re.search(r"^Learning rate: +0\.1$", lora("inspect", recipe).out, re.MULTILINE)
+    (tmp_path / "own.yml").write_text("ranc: 4\n")
+    outcome = lora("inspect", tmp_path / "own.yml")
+    assert (outcome.exit_code, "did you mean rank?" in outcome.err) == (5, True)
+
+
+def test_a_file_of_no_known_kind_is_told_which_are(lora, adapter, tmp_path) -> None:
+    for path in (adapter.parent / "metrics.csv", adapter.parent / "run.json"):
+        outcome = lora("inspect", path)
+        assert (outcome.exit_code, outcome.err.count("\n")) == (5, 1)
+        assert (
+            "expected rows of data (JSON Lines), weights (.safetensors, .apr), a recipe (.yaml)"
+            in outcome.err
+        )
+    mixed = tmp_path / "rows.jsonl"
+    mixed.write_text('{"input": "a", "label": "b"}\n{"input"\n')
+    assert "Invalid JSONL at line 2" in lora("inspect", mixed).err
 
 
 def test_a_data_file(lora, rows) -> None:
