@@ -16,6 +16,8 @@ import lora.cuda.rope
 import lora.cuda.softmax_xent
 import lora.cuda.swiglu
 import lora.host.attention
+import lora.host.causal_conv1d
+import lora.host.gated_delta_rule
 import lora.host.gated_norm
 import lora.host.rmsnorm
 import lora.host.rope
@@ -104,6 +106,8 @@ REFERENCE = Ops(
 
 HOST = REFERENCE._replace(
     attention=lora.host.attention,
+    causal_conv1d=lora.host.causal_conv1d,
+    gated_delta_rule=lora.host.gated_delta_rule,
     gated_norm=lora.host.gated_norm,
     rmsnorm=lora.host.rmsnorm,
     rope=lora.host.rope,

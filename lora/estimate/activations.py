@@ -8,7 +8,6 @@ are left out: eight bytes a token.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import ceil
 from typing import NamedTuple
 
 from lora.estimate.workload import Workload
@@ -30,8 +29,8 @@ class Kept(NamedTuple):
         return self.narrow * workload.activation_bytes + self.wide * workload.wide_bytes
 
 
-def saved_bytes(workload: Workload, tokens: int, longest: int) -> int:
-    """Return the bytes of all records of a forward over `tokens` tokens in sequences of `longest`.
+def saved_bytes(workload: Workload, tokens: int) -> int:
+    """Return the bytes of all records of a forward over `tokens` tokens.
 
     The final hidden states and the gradient for them are among them: they live as long as the records do.
     """
@@ -40,13 +39,9 @@ def saved_bytes(workload: Workload, tokens: int, longest: int) -> int:
     kept = kept.plus(
         3 * spec.hidden_size, 1
     )  # the final norm's stream, its output, and the gradient for that
-    layers = recorded_layers(workload)
-    for kind, ranks in layers:
+    for kind, ranks in recorded_layers(workload):
         kept = kept.plus(*layer_record(spec, kind, ranks))
-    # the rows before each sequence, that its convolution looks back on
-    window = max(0, spec.linear_conv_kernel_dim - 1) * delta_channels(spec) * workload.activation_bytes
-    convolutions = sum(kind == "linear_attention" for kind, _ in layers)
-    return tokens * kept.size(workload) + ceil(tokens / longest) * convolutions * window
+    return tokens * kept.size(workload)
 
 
 def recorded_layers(workload: Workload) -> list[tuple[str, dict[str, int]]]:

@@ -55,7 +55,7 @@ def memory(workload: Workload, tokens: int, *, longest: int, accumulates: bool) 
         longest: the most tokens of one sequence.
         accumulates: whether a step adds up the gradients of more than one micro-batch.
     """
-    saved, logits = saved_bytes(workload, tokens, longest), logits_bytes(workload, tokens, longest)
+    saved, logits = saved_bytes(workload, tokens), logits_bytes(workload, tokens, longest)
     # the logits' memory stays in the pool when the blocks' backward begins
     scratch = scratch_bytes(workload, tokens, longest) + row_block_bytes(workload, tokens)
     gradient = workload.held_parameters * workload.wide_bytes

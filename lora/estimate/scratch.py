@@ -12,9 +12,10 @@ from lora.backend.gemm import WIDENED_BYTES
 from lora.backend.threads import thread_count
 from lora.estimate.activations import delta_channels, layer_record, recorded_layers
 from lora.estimate.workload import STORED_BYTES, TRAINED_BYTES, Workload
+from lora.host.causal_conv1d import BLOCKS as CONVOLVED_BLOCKS
+from lora.host.gated_delta_rule import CHUNK, groups_at_once
 from lora.host.row_blocks import BLOCK_ELEMENTS
 from lora.ops.attention import JOINED_TOKENS, TILE_SCORES
-from lora.ops.gated_delta_rule import CHUNK, STEP_ELEMENTS
 from lora.ops.softmax_xent import CHUNK_BYTES, chunk_rows
 
 
@@ -73,39 +74,39 @@ def _tile(workload: Workload, tokens: int, longest: int, *, copies: int) -> int:
 def _delta_backward(workload: Workload, tokens: int, longest: int) -> int:
     spec, narrow, wide = workload.spec, workload.activation_bytes, workload.wide_bytes
     channels, values = delta_channels(spec), spec.linear_num_value_heads * spec.linear_value_head_dim
-    rule = _delta_rule(workload, tokens, longest, per_token=4, squares=10, rows=6, states=4)
-    rule += _places(tokens, longest) // CHUNK * _state(workload) * wide  # what each chunk met
-    convolution = tokens * channels * (2 * narrow + 6 * wide)
+    # what is kept of each chunk of a sequence, and what its gradients take
+    kept = _delta_task(workload, longest, squares=3, rows=2, states=1) * ceil(longest / CHUNK)
+    task = kept + _delta_task(workload, longest, squares=6, rows=5, states=3)
+    rule = tokens * channels * narrow + _delta_tasks(workload, tokens, longest) * task
     projection = tokens * (3 * channels * narrow + 3 * spec.hidden_size * wide)
-    return tokens * 3 * values * narrow + max(rule, convolution, projection)
+    return tokens * 3 * values * narrow + max(rule, projection)
 
 
-def _delta_rule(
-    workload: Workload, tokens: int, longest: int, *, per_token: int, squares: int, rows: int, states: int
-) -> int:
-    """Return the bytes of the chunked rule: `per_token` arrays as wide as q, k and v, and those of one step.
+def _delta_tasks(workload: Workload, tokens: int, longest: int) -> int:
+    """Return how many tasks of the chunked rule run at once."""
+    groups = workload.spec.linear_num_key_heads
+    tasks = ceil(tokens / longest) * ceil(groups / _groups_at_once(workload, longest))
+    return min(tasks, thread_count() if workload.device == "cpu" else tasks)
 
-    A step holds `squares` arrays [C, C], `rows` pairs of [C, K] and [C, W], and `states` of [K, W], for each
-    head of each chunk that it takes at once.
+
+def _delta_task(workload: Workload, longest: int, *, squares: int, rows: int, states: int) -> int:
+    """Return the bytes of a chunk in one task of the chunked rule.
+
+    For each of its heads: `squares` arrays [C, C], `rows` pairs of [C, K] and [C, W], `states` arrays [K, W].
     """
-    spec, heads = workload.spec, workload.spec.linear_num_value_heads
-    widths = spec.linear_key_head_dim + spec.linear_value_head_dim
-    most = max(1, STEP_ELEMENTS // (CHUNK * heads * spec.linear_value_head_dim))
-    sequences = ceil(tokens / longest)
-    step = heads * CHUNK * (squares * CHUNK + rows * widths) + states * _state(workload)
-    elements = per_token * _places(tokens, longest) * delta_channels(spec) + min(sequences, most) * step
-    return (elements + sequences * _state(workload)) * workload.wide_bytes
+    spec, chunk = workload.spec, min(CHUNK, longest)
+    keys, values = spec.linear_key_head_dim, spec.linear_value_head_dim
+    heads = spec.linear_num_value_heads // spec.linear_num_key_heads * _groups_at_once(workload, longest)
+    elements = chunk * (squares * chunk + rows * (keys + values)) + states * keys * values
+    return heads * elements * workload.wide_bytes
 
 
-def _places(tokens: int, longest: int) -> int:
-    """Return the tokens with what fills the last chunk of each sequence."""
-    return ceil(tokens / longest) * ceil(longest / CHUNK) * CHUNK
-
-
-def _state(workload: Workload) -> int:
-    """Return the elements of the state of one sequence."""
+def _groups_at_once(workload: Workload, longest: int) -> int:
+    """Return the key heads of one task of the chunked rule."""
     spec = workload.spec
-    return spec.linear_num_value_heads * spec.linear_key_head_dim * spec.linear_value_head_dim
+    shared = spec.linear_num_value_heads // spec.linear_num_key_heads
+    widths = (spec.linear_key_head_dim, spec.linear_value_head_dim)
+    return min(spec.linear_num_key_heads, groups_at_once(longest, shared, *widths))
 
 
 def _unrecorded(workload: Workload, kind: str, tokens: int, longest: int) -> int:
@@ -114,7 +115,8 @@ def _unrecorded(workload: Workload, kind: str, tokens: int, longest: int) -> int
     width = 3 * wide if narrow < wide else 2 * wide
     feed_forward = tokens * (width * spec.intermediate_size + 4 * narrow * spec.hidden_size)
     if kind == "linear_attention":
-        mixer = _delta_rule(workload, tokens, longest, per_token=3, squares=5, rows=4, states=2)
+        task = _delta_task(workload, longest, squares=8, rows=4, states=3)
+        mixer = _delta_tasks(workload, tokens, longest) * task
     else:
         mixer = _tile(workload, tokens, longest, copies=2)
     return tokens * layer_record(spec, kind, {}).size(workload) + max(feed_forward, mixer)
@@ -136,8 +138,12 @@ def row_block_bytes(workload: Workload, tokens: int) -> int:
     # SwiGLU's backward takes most: one array of its own, and five that are widened or rounded in passing
     arrays = 6 if workload.activation_bytes < workload.wide_bytes else 1
     whole = tokens * workload.spec.intermediate_size
-    threads = min(thread_count(), ceil(whole / BLOCK_ELEMENTS))
-    return threads * arrays * min(BLOCK_ELEMENTS, whole) * workload.wide_bytes
+    most = min(thread_count(), ceil(whole / BLOCK_ELEMENTS)) * arrays * min(BLOCK_ELEMENTS, whole)
+    if "linear_attention" in workload.spec.layer_types:
+        # or the convolution's, of four arrays
+        whole, block = tokens * delta_channels(workload.spec), CONVOLVED_BLOCKS * BLOCK_ELEMENTS
+        most = max(most, min(thread_count(), ceil(whole / block)) * 4 * min(block, whole))
+    return most * workload.wide_bytes
 
 
 def widening_bytes(workload: Workload) -> int:

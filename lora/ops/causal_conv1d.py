@@ -45,7 +45,7 @@ def forward(
     """
     xp = array_module(x, weight, cu_seqlens, window)
     before, sequences = weight.shape[-1] - 1, cu_seqlens.size - 1
-    _check_shapes(x, weight, cu_seqlens, window)
+    check_shapes(x, weight, cu_seqlens, window)
     starts = cu_seqlens[:-1] + xp.arange(sequences) * before
     slots = xp.arange(x.shape[0]) + xp.repeat(xp.arange(1, sequences + 1) * before, xp.diff(cu_seqlens))
     padded = xp.zeros((x.shape[0] + sequences * before, x.shape[1]), x.dtype)
@@ -86,7 +86,8 @@ def backward(saved: Saved, dy: Array, *, wants_weight: bool = False) -> Grads:
     return Grads(dpadded[slots].astype(padded.dtype, copy=False), dweight)
 
 
-def _check_shapes(x: Array, weight: Array, cu_seqlens: Array, window: Array | None) -> None:
+def check_shapes(x: Array, weight: Array, cu_seqlens: Array, window: Array | None) -> None:
+    """Check that the arrays of `forward` fit each other, and that the boundaries run from 0 to N."""
     shape = (cu_seqlens.size - 1, weight.shape[-1] - 1, x.shape[1])
     fits = weight.shape[:2] == (x.shape[1], 1) and (window is None or window.shape == shape)
     if not fits or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != x.shape[0]:

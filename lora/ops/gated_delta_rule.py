@@ -119,7 +119,7 @@ def forward(
         ShapeError: the arrays do not fit.
     """
     saved = Saved(q, k, v, a, b, A_log, dt_bias, cu_seqlens, initial_state)
-    _check_shapes(saved)
+    check_shapes(saved)
     layout = _layout(saved)
     tokens, states = _tokens(saved, layout), _states(initial_state, saved, layout)
     flat = empty((layout.places, *tokens.v.shape[1:3], v.shape[2]), tokens.v.dtype, like=v)
@@ -160,7 +160,8 @@ def backward(saved: Saved, do: Array, dstate: Array | None = None, *, wants_deca
     return _input_grads(saved, dtokens, dinitial, wants_decay=wants_decay)
 
 
-def _check_shapes(saved: Saved) -> None:
+def check_shapes(saved: Saved) -> None:
+    """Check that the inputs fit each other, and that the boundaries run from 0 to N."""
     q, k, v, a, b, A_log, dt_bias, cu_seqlens, initial_state = saved
     array_module(q, k, v, a, b, A_log, dt_bias, cu_seqlens, initial_state)
     rows, heads, width = v.shape

@@ -18,12 +18,13 @@ from lora.errors import ShapeError
 from lora.ops import causal_conv1d
 from tests.harness.bounds import assert_within, gamma
 from tests.harness.cases import seeds, textured, textures
-from tests.harness.claims import assert_killed, claimed, planted
+from tests.harness.claims import assert_killed, planted, schedules
 from tests.harness.gradcheck import assert_gradients
+from tests.harness.implementations import implementations, tried
 from tests.ops.observe import assert_refused, assert_unchanged, random_boundaries
 
 CONTRACT = op_contract("causal_conv1d")
-IMPLEMENTATIONS = [causal_conv1d]
+IMPLEMENTATIONS = implementations(causal_conv1d)
 
 
 class Case(NamedTuple):
@@ -164,11 +165,10 @@ CHECKS = {
 }
 
 
-@pytest.mark.parametrize("op", IMPLEMENTATIONS, ids=lambda op: op.__name__)
-@pytest.mark.parametrize("check", claimed(CHECKS))
-@given(case=CASES)
-def test_claim(check: Any, op: Any, case: Case) -> None:
-    check(op, case)
+@pytest.mark.parametrize(("check", "op"), tried(CHECKS, IMPLEMENTATIONS))
+@given(case=CASES, schedule=schedules)
+def test_claim(check: Any, op: Any, case: Case, schedule: int) -> None:
+    check(op.on(schedule), case)
 
 
 def _bug(**changes: Any) -> SimpleNamespace:

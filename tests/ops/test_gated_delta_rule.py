@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lora.host.gated_delta_rule
 from lora.backend import bfloat16
 from lora.contracts import op_contract
 from lora.errors import ShapeError
@@ -28,23 +29,29 @@ from tests.ops.observe import assert_refused, assert_unchanged, random_boundarie
 CONTRACT = op_contract("gated_delta_rule")
 
 
-def _patched(function: Callable[..., Any], **changes: Any) -> Callable[..., Any]:
-    """Return `function` of the operation, running with its module's names changed."""
+def _module(name: str = "", of: Any = gated_delta_rule, **changes: Any) -> SimpleNamespace:
+    """Return the functions of the module `of`, running with names of it changed."""
 
-    def run(*args: Any, **scalars: Any) -> Any:
-        with patch.multiple(gated_delta_rule, **changes):
-            return function(*args, **scalars)
+    def patched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **scalars: Any) -> Any:
+            with patch.multiple(of, **changes):
+                return function(*args, **scalars)
 
-    return run
+        return run
 
-
-def _module(name: str = "", **changes: Any) -> SimpleNamespace:
-    functions = {f: _patched(getattr(gated_delta_rule, f), **changes) for f in ("forward", "backward")}
+    functions = {name: patched(getattr(of, name)) for name in ("forward", "backward")}
     return SimpleNamespace(__name__=name, **functions)
 
 
-# chunks of five tokens, one sequence at a time: short sequences then meet every kind of boundary
-IMPLEMENTATIONS = [gated_delta_rule, _module("gated_delta_rule in small chunks", CHUNK=5, STEP_ELEMENTS=1)]
+# chunks of five tokens, one sequence or head at a time: short sequences then meet every kind of boundary
+IMPLEMENTATIONS = [
+    gated_delta_rule,
+    _module("gated_delta_rule in small chunks", CHUNK=5, STEP_ELEMENTS=1),
+    lora.host.gated_delta_rule,
+    _module(
+        "lora.host.gated_delta_rule in small chunks", lora.host.gated_delta_rule, CHUNK=5, TASK_ELEMENTS=1
+    ),
+]
 
 
 class Case(NamedTuple):
