@@ -9,10 +9,6 @@ class LoraError(Exception):
     exit_code = 1
 
 
-class DivergedError(LoraError):
-    """A loss or a gradient is no longer finite; the message names the first layer where it appeared."""
-
-
 class KernelError(LoraError):
     """A CUDA source, and the Python that launches it, do not fit together; a defect of this library."""
 
@@ -63,6 +59,10 @@ class UnsupportedError(ValidationError):
 
 class DeviceError(ValidationError):
     """Arrays live on different devices, or the device that was asked for is not there."""
+
+
+class DivergedError(ValidationError):
+    """A loss or a gradient is not finite; the message names where it appeared first, and what to lower."""
 
 
 class LoadError(LoraError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +29,9 @@ def progress(*, quiet: bool = False, after_interrupt: str) -> Iterator[Callback]
         after_interrupt: what can be done after Ctrl-C, said there.
     """
     try:
-        with _shown(quiet=quiet) as callback:
+        with _shown(quiet=quiet) as callback, warnings.catch_warnings():
+            # what is not finite ends a run, in an error that says where: NumPy's lines about it say less
+            warnings.filterwarnings("ignore", ".* encountered in ", RuntimeWarning)
             yield callback
     except KeyboardInterrupt:
         note(after_interrupt)

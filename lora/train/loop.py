@@ -122,9 +122,7 @@ class Loop:
             self.model, self.validation, self.config.batch_size, self.micro_tokens, self.class_weights
         )
         if not math.isfinite(val_loss):
-            raise DivergedError(
-                f"the validation loss after epoch {epoch} is {val_loss}: lower the learning rate"
-            )
+            raise DivergedError(f"epoch {epoch}: the validation loss is {val_loss}; {self._what_to_lower()}")
         return EpochDone(
             epoch=epoch,
             train_loss=sums.loss / sums.counted,
@@ -147,18 +145,7 @@ class Loop:
     def _step(self, epoch: int, rows: Sequence[Array]) -> None:
         start, lr = time.perf_counter(), self._learning_rate(self.progress.step)
         with Held() as held:
-            report = train_step(
-                self.model,
-                self.optimizer,
-                [self.train.batch(batch) for batch in rows],
-                lr=lr,
-                clip=self.config.clip,
-                micro_tokens=self.micro_tokens,
-                packing=self.config.packing,
-                class_weights=self.class_weights,
-                label_smoothing=self.config.label_smoothing,
-                before_move=held.begin,
-            )
+            report = self._moved(rows, lr, held)
             seconds = time.perf_counter() - start
             self.progress.step += 1
             self.progress.sums.add(report, seconds)
@@ -176,6 +163,33 @@ class Loop:
                 record.step_done(event)
         for callback in self.callbacks:
             callback.step_done(event)
+
+    def _moved(self, rows: Sequence[Array], lr: float, held: Held) -> StepReport:
+        try:
+            return train_step(
+                self.model,
+                self.optimizer,
+                [self.train.batch(batch) for batch in rows],
+                lr=lr,
+                clip=self.config.clip,
+                micro_tokens=self.micro_tokens,
+                packing=self.config.packing,
+                class_weights=self.class_weights,
+                label_smoothing=self.config.label_smoothing,
+                before_move=held.begin,
+            )
+        except DivergedError as error:
+            step = self.progress.step + 1
+            raise DivergedError(f"step {step}: {error}; {self._what_to_lower()}") from error
+
+    def _what_to_lower(self) -> str:
+        """Return what a user can do about a loss or a gradient that is not finite."""
+        if self.progress.step == 0:
+            return (
+                f"nothing is trained yet: check the base's weights, and dtype, which is {self.config.dtype}"
+            )
+        limit = " or set clip, which is 0" if self.config.clip == 0 else ""
+        return f"lower learning_rate, which is {self.config.learning_rate:g}{limit}"
 
     def _finish(self, done: EpochDone) -> None:
         with Held() as held:

@@ -6,10 +6,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lora.cli.finetune import finetune as command
 from lora.io.peft import load_adapter
+from lora.io.safetensors_file import read_tensors, write_tensors
 from lora.train.config import FinetuneConfig
 from tests.data.files import write_jsonl
 
@@ -300,6 +302,38 @@ def test_checks_come_in_order_and_nothing_is_written_before_they_pass(
     assert (outcome.exit_code, outcome.out) == (ORDER[first][1], "")
     assert ORDER[first][2] in outcome.err
     assert set(tmp_path.rglob("*")) <= set(before)
+
+
+def test_a_run_that_diverges_says_where_and_what_to_lower(lora, base, rows, tmp_path) -> None:
+    run = (
+        "finetune",
+        base,
+        "-d",
+        rows,
+        "-o",
+        tmp_path / "run",
+        *QUICK,
+        "--pooling",
+        "last",
+        "--no-head-bias",
+    )
+    outcome = lora(*run, "-q", "--learning-rate", "1e38", "--json")
+    assert (outcome.exit_code, outcome.document["exit_code"], outcome.err.count("\n")) == (5, 5, 1)
+    place = r"(loss is nan|gradient is not finite): first .*model\.layers\.\d"
+    assert re.search(
+        rf"error: step [23]: (a|the) {place}.*; lower learning_rate, which is 1e\+38\n", outcome.err
+    )
+
+
+def test_a_base_that_is_not_finite_is_told_from_a_run_that_diverges(lora, own_base, rows, tmp_path) -> None:
+    weights = read_tensors(own_base / "model.safetensors")
+    broken = weights | {"model.norm.weight": weights["model.norm.weight"] * np.float32("nan")}
+    write_tensors(tmp_path / "broken", broken, {"format": "pt"})
+    (tmp_path / "broken").replace(own_base / "model.safetensors")
+    outcome = lora("finetune", own_base, "-d", rows, "-o", tmp_path / "run", *QUICK, "--pooling", "last")
+    assert outcome.exit_code == 5
+    assert "error: step 1: the loss is nan: first " in outcome.err
+    assert "; nothing is trained yet: check the base's weights, and dtype, which is float32\n" in outcome.err
 
 
 def test_a_class_without_a_row_is_said(lora, base, tmp_path) -> None:

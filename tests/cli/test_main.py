@@ -42,11 +42,11 @@ def python(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("error", "exit_code"),
     [
-        (DivergedError, 1),
         (UsageError, 2),
         (MissingFileError, 3),
         (FileFormatError, 4),
         (ValidationError, 5),
+        (DivergedError, 5),
         (LoadError, 6),
         (WriteError, 7),
         (PermissionError, 7),

@@ -38,7 +38,6 @@ METHODS = {
 }
 EXIT_CODES = {
     "LoraError": 1,
-    "DivergedError": 1,
     "KernelError": 1,
     "UsageError": 2,
     "MissingFileError": 3,
@@ -50,6 +49,7 @@ EXIT_CODES = {
     "AdapterError": 5,
     "UnsupportedError": 5,
     "DeviceError": 5,
+    "DivergedError": 5,
     "LoadError": 6,
     "WriteError": 7,
 }
