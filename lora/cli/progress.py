@@ -57,6 +57,8 @@ class Notes(Callback):
 
     def started(self, event: Started) -> None:
         """Say what another program would read otherwise, and what was cut."""
+        # a GPU's memory is another, which this figure says nothing of
+        self._where = "" if event.device == "cpu" else " of host memory"
         if event.note:
             note(event.note)
         note_truncated(event.truncated_rows, event.max_seq_len)
@@ -84,7 +86,7 @@ class ProgressLines(Notes):
             return
         self._last = now
         left = duration((now - self._begin) / self._done * (self._steps - event.step))
-        click.echo(f"step {event.step}/{self._steps}  {_state(event)}  {left} left", err=True)
+        click.echo(f"step {event.step}/{self._steps}  {_state(event, self._where)}  {left} left", err=True)
 
     def epoch_done(self, event: EpochDone) -> None:
         """Say what the epoch brought."""
@@ -109,7 +111,9 @@ class ProgressBar(Notes):
 
     def step_done(self, event: StepDone) -> None:
         """Move the bar."""
-        self._bar.update(self._task, completed=event.step, epoch=event.epoch, state=_state(event))
+        self._bar.update(
+            self._task, completed=event.step, epoch=event.epoch, state=_state(event, self._where)
+        )
 
     def epoch_done(self, event: EpochDone) -> None:
         """Write a line above the bar."""
@@ -133,12 +137,12 @@ def _bar() -> Progress:
     )
 
 
-def _state(event: StepDone) -> str:
+def _state(event: StepDone, where: str) -> str:
     parts = [
         f"loss {event.loss:.4f}",
         f"lr {event.learning_rate:.2e}",
         f"{event.tokens_per_second:,.0f} tokens/s",
-        None if event.peak_memory is None else size(event.peak_memory),
+        None if event.peak_memory is None else f"{size(event.peak_memory)}{where}",
     ]
     return "  ".join(part for part in parts if part is not None)
 

@@ -15,6 +15,7 @@ class Started:
 
     task: str
     method: str
+    device: str  # "cpu" or "cuda"
     train_rows: int  # the repeated ones included
     repeated_rows: int  # that oversampling added
     validation_rows: int
@@ -42,7 +43,7 @@ class StepDone:
     gradient_norm: float  # before clipping
     tokens: int
     tokens_per_second: float
-    peak_memory: int | None  # bytes that the process has held at most so far; None where no one tells
+    peak_memory: int | None  # bytes of the host that the process has held at most; None where no one tells
 
 
 @dataclass(frozen=True)

@@ -370,6 +370,7 @@ def _started(loop: Loop, prepared: Prepared, output: Path, *, repeated_rows: int
     return Started(
         task=str(prepared.config.task),
         method=prepared.config.method,
+        device=prepared.config.device,
         train_rows=len(loop.train),
         repeated_rows=repeated_rows,
         validation_rows=len(loop.validation),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def test_a_classifier_is_trained_there_and_says_what_ran(lora: Any, narrow: Path
         outcome = lora("finetune", narrow, "-d", rows, "-o", run, *RUN, *ON_DEVICE)
         assert outcome.exit_code == 0, outcome.err
         assert "cuda runs adamw, attention, embedding, lowrank_linear, pool, rmsnorm, rope" in outcome.err
+        assert re.search(r"step 1/\d .* [\d.]+ [MG]B of host memory  ", outcome.err)
         assert {"adamw.cu", "attention_backward.cu", "pool.cu"} <= device.launched
         there = lora("eval", run / "best", "-d", rows, *ON_DEVICE, "--json").document
     here = lora("eval", run / "best", "-d", rows, "--dtype", "bfloat16", "--json").document

@@ -60,6 +60,7 @@ def test_a_run_ends_with_a_table_and_what_to_do_next(lora, base, rows, tmp_path)
     assert f"lora merge --adapter {tmp_path / 'run' / 'best'}" in outcome.out
     for said in ("Task:", "classify", "bad, good", "16 to train on, 4 to validate", "step 1/4", "epoch 2"):
         assert said in outcome.err
+    assert "host memory" not in outcome.err
     # mean pooling and a bias, the defaults, are what Transformers has no place for
     assert "\nnote: Transformers" in outcome.err
     assert load_adapter(tmp_path / "run" / "best")[0].r == 16
