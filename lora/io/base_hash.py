@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +34,24 @@ def base_hash(checkpoint: Checkpoint) -> str:
         digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
         digest.update(_samples(array))
     return digest.hexdigest()
+
+
+def base_change(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> str | None:
+    """Say that `checkpoint` is not what was trained on, or None where it is.
+
+    Args:
+        checkpoint: the base that is at hand.
+        facts: of an adapter or a run; without a `base_hash`, as PEFT writes adapters, nothing is known.
+    """
+    expected = facts.get("base_hash")
+    found = base_hash(checkpoint) if expected is not None else None
+    if found == expected:
+        return None
+    return (
+        f"{checkpoint.folder} is not the base that was trained on, or has changed since: expected "
+        f"{str(expected)[:12]}... as the hash of its sizes and weights, found {str(found)[:12]}...; "
+        "put that base back, name it as the base, or train anew"
+    )
 
 
 def _samples(array: Array) -> bytes:

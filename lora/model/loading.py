@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -13,9 +12,8 @@ import numpy as np
 from lora.backend import Array, compute_dtype, named_stream
 from lora.backend.device import on_device
 from lora.dispatch import Ops, implementations, require, require_dtype
-from lora.errors import AdapterError, ContractError, LoraWarning, UnsupportedError, UsageError
+from lora.errors import AdapterError, ContractError, UnsupportedError, UsageError
 from lora.io.apr_folder import Folder
-from lora.io.base_hash import base_hash
 from lora.io.checkpoint import Checkpoint, load_weights, open_checkpoint
 from lora.io.hub import resolve
 from lora.io.peft import CONFIG, load_adapter, peft_name
@@ -158,28 +156,7 @@ def _load_with_adapter(folder: Folder, base: str | Path | None, device: str, dty
         head["problem_type"] = facts.get("problem_type")
     model = load(base, device, dtype, **head)
     model.load_adapter(folder)
-    change = base_change(model.checkpoint, facts)
-    if change is not None:
-        warnings.warn(change, LoraWarning, stacklevel=3)
     return model
-
-
-def base_change(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> str | None:
-    """Say that `checkpoint` is not what was trained on, or None where it is.
-
-    Args:
-        checkpoint: the base that is at hand.
-        facts: of an adapter or a run; without a `base_hash`, as PEFT writes adapters, nothing is known.
-    """
-    expected = facts.get("base_hash")
-    found = base_hash(checkpoint) if expected is not None else None
-    if found == expected:
-        return None
-    return (
-        f"{checkpoint.folder} is not the base that was trained on, or has changed since: expected "
-        f"{str(expected)[:12]}... as the hash of its sizes and weights, found {str(found)[:12]}...; "
-        "put that base back, name it as the base, or train anew"
-    )
 
 
 def _problem_type(checkpoint: Checkpoint, wanted: ProblemType | None) -> ProblemType:

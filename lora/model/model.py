@@ -16,6 +16,7 @@ from lora.data.packed import Packed, pack_padded, to_padded
 from lora.dispatch import Ops
 from lora.errors import AdapterError, DataError, LoraWarning, ShapeError, UsageError
 from lora.io.apr_folder import open_folder
+from lora.io.base_hash import base_change
 from lora.io.checkpoint import Checkpoint
 from lora.io.lora_config import LoraConfig
 from lora.io.peft import load_adapter, save_adapter
@@ -192,6 +193,9 @@ class Model:
     def load_adapter(self, folder: str | os.PathLike[str], name: str = "default") -> None:
         """Read an adapter in PEFT's format, or in an APR file, and make it the active, trainable one.
 
+        Warns:
+            LoraWarning: the base is not as it was when the adapter was trained on it.
+
         Raises:
             AdapterError: a tensor does not match the model, or the name is in use.
             UnsupportedError: the configuration asks for what is not built.
@@ -202,6 +206,9 @@ class Model:
         config = with_shorthand(config, facts.get("targets"), adaptable_modules(self.spec))
         adapter = adapter_from_tensors(self.parameters, self.spec, config, tensors)
         adapter.facts = facts
+        change = base_change(self.checkpoint, facts)
+        if change is not None:
+            warnings.warn(change, LoraWarning, stacklevel=2)
         self.parameters.adapters[name] = adapter
         self.parameters.activate(name)
 

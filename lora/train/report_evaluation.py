@@ -19,8 +19,9 @@ from lora.data.instruct import Dialogue, InstructData
 from lora.data.packed import split
 from lora.data.split import stratified_split
 from lora.errors import ValidationError
+from lora.io.base_hash import base_change
 from lora.io.checkpoint import open_checkpoint
-from lora.model.loading import base_change, load
+from lora.model.loading import load
 from lora.model.model import Model
 from lora.train.classification_metrics import (
     CALIBRATION_BINS,

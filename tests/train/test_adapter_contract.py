@@ -131,7 +131,7 @@ def check_unmerge(system: Any, case: Case) -> None:
 
 def check_base_is_known(system: Any, case: Case) -> None:
     with TemporaryDirectory() as parent, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora.model.loading.base_hash", system.base_hash)
+        patch.setattr("lora.io.base_hash.base_hash", system.base_hash)
         folder = Path(shutil.copytree(base(), Path(parent) / "base"))
         model = case.model(folder)
         model.add_adapter(case.config())
