@@ -75,7 +75,7 @@ def _delta_backward(workload: Workload, tokens: int, longest: int) -> int:
     spec, narrow, wide = workload.spec, workload.activation_bytes, workload.wide_bytes
     channels, values = delta_channels(spec), spec.linear_num_value_heads * spec.linear_value_head_dim
     # what is kept of each chunk of a sequence, and what its gradients take
-    kept = _delta_task(workload, longest, squares=3, rows=2, states=1) * ceil(longest / CHUNK)
+    kept = _delta_task(workload, longest, squares=5, rows=2, states=1) * ceil(longest / CHUNK)
     task = kept + _delta_task(workload, longest, squares=6, rows=5, states=3)
     rule = tokens * channels * narrow + _delta_tasks(workload, tokens, longest) * task
     projection = tokens * (3 * channels * narrow + 3 * spec.hidden_size * wide)

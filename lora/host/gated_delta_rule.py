@@ -22,13 +22,14 @@ exponent, so that products already at hand give the rest without a pass over pai
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora.backend import Array, accumulation_dtype, empty, matmul, run_all, wide
+from lora.backend.threads import thread_count
 from lora.ops._logistic import sigmoid, softplus
 from lora.ops.gated_delta_rule import L2_EPS, Grads, Saved, check_shapes
 
@@ -63,19 +64,28 @@ class _Chunk(NamedTuple):
     since_start: Array  # [.., M, C, 1] e^c
     until_end: Array  # [.., M, C, 1] e^{c_last - c}
     beta: Array  # [.., M, C, 1]
-    decay: Array  # [.., M, C, C] D
-    scores: Array  # [.., M, C, C] Q Kᵀ ∘ D
+    decay: Array  # [.., M, 2 C, C] D over -diag(β) tril(D, -1)
+    pairs: Array  # [.., M, 2 C, C] Q Kᵀ ∘ D over -L
     solve: Array  # [.., M, C, C] T
     met: Array | None  # [.., M, K, W] S; None for zeros
     written: Array  # [.., M, C, W] V'
 
     @property
+    def size(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    @property
     def q(self) -> Array:
-        return self.qk[:, :, : self.qk.shape[2] // 2]
+        return self.qk[:, :, : self.size]
 
     @property
     def k(self) -> Array:
-        return self.qk[:, :, self.qk.shape[2] // 2 :]
+        return self.qk[:, :, self.size :]
+
+    @property
+    def scores(self) -> Array:
+        """Q Kᵀ ∘ D."""
+        return self.pairs[:, :, : self.size]
 
     @property
     def over_all(self) -> Array:
@@ -176,8 +186,9 @@ def _tasks(saved: Saved) -> Iterator[_Task]:
     groups, width = saved.k.shape[1:]
     shared = saved.v.shape[1] // groups
     spans = list(enumerate(pairwise(saved.cu_seqlens.tolist())))
+    share = -(-len(spans) * groups // thread_count())  # of a thread, where they are few
     for sequence, (start, stop) in sorted(spans, key=lambda span: span[1][0] - span[1][1]):
-        step = groups_at_once(stop - start, shared, width, saved.v.shape[2])
+        step = min(share, groups_at_once(stop - start, shared, width, saved.v.shape[2]))
         for first in range(0, groups, step):
             last = min(first + step, groups)
             heads = slice(first, last), slice(first * shared, last * shared)
@@ -235,33 +246,36 @@ def _chunk(saved: Saved, gates: _Gates, task: _Task, rows: slice, met: Array | N
     k = qk[:, :, size:]
     # in float64: after one strong decay the small differences of later sums would lose their digits
     total = np.cumsum(g, axis=-2, dtype="float64")
-    # 0 above the diagonal, where c_i - c_j is positive and its exponential may overflow
-    decay = np.minimum(total - _t(total), 0).astype(dtype)
-    np.exp(decay, out=decay)
-    decay *= np.tri(size, dtype=dtype)
-    since_start = np.exp(total.astype(dtype))
-    pairs = matmul(qk, _t(k))
-    lower = pairs[:, :, size:] * decay
-    lower *= beta
+    since_start, until_end = np.exp(total.astype(dtype)), np.exp((total[..., -1:, :] - total).astype(dtype))
+    decay = _decay(total, beta)
+    pairs = matmul(qk, _t(k)) * decay
+    solve = _unit_lower_inverse(pairs[:, :, size:])
     right = _by_token(saved.v, task, rows)
     if met is not None:
         recalled = matmul(k, met)
         recalled *= since_start
         right = np.subtract(right, recalled, out=recalled)
-    solve = _unit_lower_inverse(lower)
-    return _Chunk(
-        rows=rows,
-        qk=qk,
-        lengths=lengths,
-        since_start=since_start,
-        until_end=np.exp((total[..., -1:, :] - total).astype(dtype)),
-        beta=beta,
-        decay=decay,
-        scores=pairs[:, :, :size] * decay,
-        solve=solve,
-        met=met,
-        written=matmul(solve, beta * right),
-    )
+    written = matmul(solve, beta * right)
+    return _Chunk(rows, qk, lengths, since_start, until_end, beta, decay, pairs, solve, met, written)
+
+
+def _decay(total: Array, beta: Array) -> Array:
+    """Return D over -diag(β) tril(D, -1) [.., 2 C, C], for c and β [.., C, 1]."""
+    *stack, size, _ = total.shape
+    decay = np.empty((*stack, 2 * size, size), beta.dtype)
+    between, of_keys = decay[..., :size, :], decay[..., size:, :]
+    # the mask comes before the exponential: above the diagonal c_i - c_j is positive and may overflow
+    np.add(total - _t(total), _hidden(size), out=between, casting="same_kind")
+    np.exp(between, out=between)
+    np.multiply(between, -beta, out=of_keys)
+    np.einsum("...ii->...i", of_keys)[...] = 0
+    return decay
+
+
+@cache
+def _hidden(size: int) -> Array:
+    """Return [C, C], -inf above the diagonal, else 0."""
+    return np.where(np.tri(size, dtype=bool), 0, -np.inf)
 
 
 def _unit_rows(saved: Saved, task: _Task, rows: slice) -> tuple[Array, Array]:
@@ -273,7 +287,7 @@ def _unit_rows(saved: Saved, task: _Task, rows: slice) -> tuple[Array, Array]:
     for half, x, scale in ((0, saved.q, width**-0.5), (size, saved.k, 1.0)):
         x = wide(x[rows, task.keys]).swapaxes(0, 1)
         by = lengths[:, 0, half : half + size]
-        np.einsum("gck,gck->gc", x, x, out=by[..., 0])
+        np.vecdot(x, x, out=by[..., 0])
         by += L2_EPS
         np.sqrt(by, out=by)
         np.divide(scale, by, out=by)
@@ -281,8 +295,8 @@ def _unit_rows(saved: Saved, task: _Task, rows: slice) -> tuple[Array, Array]:
     return qk, lengths
 
 
-def _unit_lower_inverse(lower: Array) -> Array:
-    """Return (I + L)⁻¹ for L [.., C, C], read below its diagonal alone.
+def _unit_lower_inverse(minus: Array) -> Array:
+    """Return (I + L)⁻¹ for -L [.., C, C], which is 0 on the diagonal and above.
 
     Inverses of blocks on the diagonal, in pairs, are joined to those of blocks twice as large:
 
@@ -290,30 +304,27 @@ def _unit_lower_inverse(lower: Array) -> Array:
 
     No power of L occurs: those of a chunk of like keys reach 10^18 before they cancel.
     """
-    *stack, size, _ = lower.shape
+    *stack, size, _ = minus.shape
     padded = 1 << (size - 1).bit_length()
-    inverse = np.zeros((*stack, padded, padded), lower.dtype)
+    inverse, filled = np.zeros((2, *stack, padded, padded), minus.dtype)
+    filled[..., :size, :size] = minus
+    # of the smallest blocks, single elements, and of their pairs
     _diagonal_blocks(inverse, 1)[...] = 1
-    if padded > size:
-        filled = np.zeros_like(inverse)
-        filled[..., :size, :size] = lower
-        lower = filled
     half = 1
     while half < padded:
-        blocks, of_lower = _diagonal_blocks(inverse, 2 * half), _diagonal_blocks(lower, 2 * half)
-        first, second = blocks[..., :half, :half], blocks[..., half:, half:]
-        below = matmul(second, matmul(of_lower[..., half:, :half], first))
-        np.negative(below, out=blocks[..., half:, :half])
+        blocks, of_minus = _diagonal_blocks(inverse, 2 * half), _diagonal_blocks(filled, 2 * half)
+        below = np.matmul(of_minus[..., half:, :half], blocks[..., :half, :half])
+        np.matmul(blocks[..., half:, half:], below, out=blocks[..., half:, :half])
         half *= 2
     return inverse[..., :size, :size]
 
 
 def _diagonal_blocks(square: Array, size: int) -> Array:
-    """Return a view [.., blocks, size, size] of the blocks on the diagonal of [.., C, C]."""
+    """Return a view [.., blocks, size, size] of the blocks on the diagonal of a contiguous [.., C, C]."""
     *stack, count, _ = square.shape
     *outer, row, column = square.strides
-    shape = (*stack, count // size, size, size)
-    return np.lib.stride_tricks.as_strided(square, shape, (*outer, size * (row + column), row, column))
+    shape, strides = (*stack, count // size, size, size), (*outer, size * (row + column), row, column)
+    return np.ndarray(shape, square.dtype, square, strides=strides)
 
 
 def _read(chunk: _Chunk) -> Array:
@@ -336,7 +347,7 @@ def _made(chunk: _Chunk) -> Array:
 
 def _retreat(grads: _TokenGrads, task: _Task, chunk: _Chunk, do: Array, dmade: Array | None) -> Array | None:
     """Write the gradients of a chunk's tokens; return that of the state met, given that of the one made."""
-    size, k = chunk.rows.stop - chunk.rows.start, chunk.k
+    size, k = chunk.size, chunk.k
     sides = np.empty((*chunk.written.shape[:2], 2 * size, chunk.written.shape[3]), chunk.written.dtype)
     do_now, right = sides[:, :, :size], sides[:, :, size:]
     do_now[...] = _by_token(do, task, chunk.rows)
@@ -344,24 +355,16 @@ def _retreat(grads: _TokenGrads, task: _Task, chunk: _Chunk, do: Array, dmade: A
     if dmade is not None:
         dwritten += matmul(chunk.until_end * k, dmade)
     np.matmul(_t(chunk.solve), dwritten, out=right)
-    np.multiply(right, chunk.beta, out=_by_token(grads.v, task, chunk.rows))
+    np.multiply(right, chunk.beta, out=_by_token(grads.v, task, chunk.rows), casting="unsafe")
     _of_task(grads.scaled_beta, task, chunk.rows)[...] = _dot(right, chunk.written)
 
     pairs = matmul(sides, _t(chunk.written))
-    pairs[:, :, :size] *= chunk.decay
-    of_keys = pairs[:, :, size:]
-    of_keys *= chunk.decay
-    of_keys *= -chunk.beta
-    np.einsum("...ii->...i", of_keys)[...] = 0
+    pairs *= chunk.decay
     as_later, as_earlier, dmet = matmul(pairs, k), matmul(_t(pairs), chunk.qk), None
     if chunk.met is not None:
-        do_now *= chunk.since_start
-        right *= -chunk.beta * chunk.since_start
+        sides *= np.concatenate([chunk.since_start, -chunk.beta * chunk.since_start], axis=2)
         as_later += matmul(sides, _t(chunk.met))
         dmet = matmul(_t(chunk.qk), sides)
-    if dmade is not None and dmet is not None:
-        dmet += chunk.over_all * dmade
-
     along, back = _dot(chunk.qk, as_later), _dot(k, as_earlier)
     dc = along[:, :, :size] + along[:, :, size:] - back
     if dmade is not None:
@@ -373,12 +376,18 @@ def _retreat(grads: _TokenGrads, task: _Task, chunk: _Chunk, do: Array, dmade: A
         back += kept_along
         dc[:, :, -1:] += kept_along.sum(axis=2, keepdims=True)
         if chunk.met is not None:
-            dc[:, :, -1:] += chunk.over_all * np.einsum("gmkw,gmkw->gm", chunk.met, dmade)[..., None, None]
+            dc[:, :, -1:] += chunk.over_all * _dot(chunk.met, dmade).sum(axis=2, keepdims=True)
+            dmet += chunk.over_all * dmade
     _of_task(grads.g, task, chunk.rows)[...] = dc[:, :, ::-1].cumsum(axis=2)[:, :, ::-1]
     as_later[:, :, size:] += as_earlier
     along[:, :, size:] += back
-    _through_unit(grads, task, chunk, as_later.sum(axis=1), along.sum(axis=1))
+    _through_unit(grads, task, chunk, _over_heads(as_later), _over_heads(along))
     return dmet
+
+
+def _over_heads(share: Array) -> Array:
+    """Return the sum [G, ..] of what the value heads [G, M, ..] of one key head give it; may be a view."""
+    return share[:, 0] if share.shape[1] == 1 else share.sum(axis=1)
 
 
 def _through_unit(grads: _TokenGrads, task: _Task, chunk: _Chunk, dqk: Array, along: Array) -> None:
@@ -386,14 +395,12 @@ def _through_unit(grads: _TokenGrads, task: _Task, chunk: _Chunk, dqk: Array, al
 
     What would only lengthen a row drops out.
     """
-    size, width = chunk.rows.stop - chunk.rows.start, dqk.shape[-1]
-    for half, out, squared in ((0, grads.q, 1 / width), (size, grads.k, 1.0)):
-        part = slice(half, half + size)
-        d = dqk[:, part]
-        d -= chunk.qk[:, 0, part] * (along[:, part] / squared)
-        np.multiply(
-            d, chunk.lengths[:, 0, part], out=out[chunk.rows, task.keys].swapaxes(0, 1), casting="same_kind"
-        )
+    size, lengths = chunk.size, chunk.lengths[:, 0]
+    along[:, :size] *= dqk.shape[2]  # a row of Q has the length K^-0.5, one of K has 1
+    dqk -= chunk.qk[:, 0] * along
+    for half, out in ((slice(size), grads.q), (slice(size, 2 * size), grads.k)):
+        out_now = out[chunk.rows, task.keys].swapaxes(0, 1)
+        np.multiply(dqk[:, half], lengths[:, half], out=out_now, casting="unsafe")
 
 
 def _input_grads(
@@ -416,7 +423,7 @@ def _input_grads(
 
 def _dot(x: Array, y: Array) -> Array:
     """Return Σ_w x_w y_w over the last axis, which is kept."""
-    return np.einsum("gmcw,gmcw->gmc", x, y)[..., None]
+    return np.vecdot(x, y)[..., None]
 
 
 def _t(matrices: Array) -> Array:
