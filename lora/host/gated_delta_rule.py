@@ -30,6 +30,7 @@ import numpy as np
 
 from lora.backend import Array, accumulation_dtype, empty, matmul, run_all, wide
 from lora.backend.threads import thread_count
+from lora.host.unit_lower_inverse import unit_lower_inverse
 from lora.ops._logistic import sigmoid, softplus
 from lora.ops.gated_delta_rule import L2_EPS, Grads, Saved, check_shapes
 
@@ -249,7 +250,7 @@ def _chunk(saved: Saved, gates: _Gates, task: _Task, rows: slice, met: Array | N
     since_start, until_end = np.exp(total.astype(dtype)), np.exp((total[..., -1:, :] - total).astype(dtype))
     decay = _decay(total, beta)
     pairs = matmul(qk, _t(k)) * decay
-    solve = _unit_lower_inverse(pairs[:, :, size:])
+    solve = unit_lower_inverse(pairs[:, :, size:])
     right = _by_token(saved.v, task, rows)
     if met is not None:
         recalled = matmul(k, met)
@@ -293,38 +294,6 @@ def _unit_rows(saved: Saved, task: _Task, rows: slice) -> tuple[Array, Array]:
         np.divide(scale, by, out=by)
         np.multiply(x, by, out=qk[:, 0, half : half + size])
     return qk, lengths
-
-
-def _unit_lower_inverse(minus: Array) -> Array:
-    """Return (I + L)⁻¹ for -L [.., C, C], which is 0 on the diagonal and above.
-
-    Inverses of blocks on the diagonal, in pairs, are joined to those of blocks twice as large:
-
-        [A 0; B D]⁻¹ = [A⁻¹ 0; -D⁻¹ B A⁻¹ D⁻¹]
-
-    No power of L occurs: those of a chunk of like keys reach 10^18 before they cancel.
-    """
-    *stack, size, _ = minus.shape
-    padded = 1 << (size - 1).bit_length()
-    inverse, filled = np.zeros((2, *stack, padded, padded), minus.dtype)
-    filled[..., :size, :size] = minus
-    # of the smallest blocks, single elements, and of their pairs
-    _diagonal_blocks(inverse, 1)[...] = 1
-    half = 1
-    while half < padded:
-        blocks, of_minus = _diagonal_blocks(inverse, 2 * half), _diagonal_blocks(filled, 2 * half)
-        below = np.matmul(of_minus[..., half:, :half], blocks[..., :half, :half])
-        np.matmul(blocks[..., half:, half:], below, out=blocks[..., half:, :half])
-        half *= 2
-    return inverse[..., :size, :size]
-
-
-def _diagonal_blocks(square: Array, size: int) -> Array:
-    """Return a view [.., blocks, size, size] of the blocks on the diagonal of a contiguous [.., C, C]."""
-    *stack, count, _ = square.shape
-    *outer, row, column = square.strides
-    shape, strides = (*stack, count // size, size, size), (*outer, size * (row + column), row, column)
-    return np.ndarray(shape, square.dtype, square, strides=strides)
 
 
 def _read(chunk: _Chunk) -> Array:

@@ -18,6 +18,7 @@ import lora.host.gated_delta_rule
 from lora.backend import bfloat16
 from lora.contracts import op_contract
 from lora.errors import ShapeError
+from lora.host.unit_lower_inverse import unit_lower_inverse
 from lora.ops import gated_delta_rule
 from tests.harness.bounds import gamma
 from tests.harness.cases import seeds, textured, textures
@@ -261,6 +262,14 @@ CHECKS = {
 @given(case=CASES)
 def test_claim(check: Any, op: Any, case: Case) -> None:
     check(op, case)
+
+
+def test_a_chunk_of_like_keys_is_inverted_without_an_error() -> None:
+    # by powers of L, which cancel down from 10^18, no digit would be right
+    size = 61
+    lower = np.tri(size, k=-1, dtype="float32")
+    inverse = unit_lower_inverse(-lower[None])[0]
+    np.testing.assert_array_equal(inverse, np.eye(size) - np.eye(size, k=-1))
 
 
 def _bug(**changes: Any) -> SimpleNamespace:
