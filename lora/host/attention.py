@@ -1,27 +1,57 @@
-"""Causal attention, sequences and groups of heads shared out over threads; defined in lora/ops/attention.py.
+"""Causal attention in tiles, sequences shared out over threads; lora/ops/attention.py is its definition.
 
-No task reads what another one writes: the query heads that share a key-value head are one, for a sequence or
-for neighbouring short ones.
+A tile is a range of query rows, in all heads that share a key-value head, against the keys up to its last:
+of what is hidden, only a part on the diagonal is computed. Its scores lie by keys, a column to each query of
+each head. The softmax then runs down the columns, and every pass goes through memory in order.
+
+Threads take turns at Python's lock, and one that waits for it sleeps: calls are few and long, and for all
+groups of heads at once where there are enough sequences to share out.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from functools import partial
-from typing import NamedTuple
+from functools import lru_cache, partial
+from math import ceil
+from typing import Any, NamedTuple
 
-from lora.backend import Array, accumulation_dtype, empty, run_all
-from lora.ops import attention as reference
+import numpy as np
+
+from lora.backend import Array, accumulation_dtype, empty, run_all, wide
+from lora.backend.threads import thread_count
+from lora.host.scratch_arrays import scratch_arrays
 from lora.ops.attention import Grads, Saved, check_shapes, runs
+
+ROWS = 64  # of queries in a tile, or nearly: fewer mean more calls, more compute more of what is hidden
+LEAST_ROWS = 16  # in a long sequence
+TILE_SCORES = 2**20  # that a tile is made smaller for: 4 MB in float32
+MOST_ROWS = 96  # what remains of a sequence joins a tile if it is less than half of one
+_APART = 16  # elements from one row of a wider matrix to where the next may start
 
 
 class _Task(NamedTuple):
-    """What one thread computes at a time: an attention of its own."""
+    """What one thread computes at a time: no other task reads what it writes."""
 
     rows: slice
-    queries: slice  # heads of q
-    keys: slice  # the one head of k and v that they share
-    cu_seqlens: Array  # from 0 to the task's own rows
+    groups: slice  # heads of k and v
+    heads: slice  # of q, that share them
+    starts: tuple[int, ...]  # rows of the task at which a sequence begins, but for the first
+
+    def queries(self, x: Array) -> Array:
+        """Return this task's part of `x` [N, H, ...] as a view [groups, rows, M, ...]."""
+        own = x[self.rows, self.heads]
+        return own.reshape(len(own), self.groups.stop - self.groups.start, -1, *own.shape[2:]).swapaxes(0, 1)
+
+    def keys(self, x: Array) -> Array:
+        """Return this task's part of `x` [N, G, E] as a view [groups, rows, E]."""
+        return x[self.rows, self.groups].swapaxes(0, 1)
+
+
+class _Tile(NamedTuple):
+    columns: slice  # of all queries of the task: row by row, and head by head in a row
+    first: int  # row of the task
+    seen: int  # keys: as many as there are rows up to the tile's last
 
 
 def forward(q: Array, k: Array, v: Array, cu_seqlens: Array, *, scale: float) -> tuple[Array, Saved]:
@@ -40,40 +70,169 @@ def forward(q: Array, k: Array, v: Array, cu_seqlens: Array, *, scale: float) ->
     check_shapes(q, k, v, cu_seqlens)
     o = empty(q.shape, q.dtype)
     lse = empty(q.shape[:2], accumulation_dtype(q.dtype))
-
-    def run(task: _Task) -> None:
-        rows, heads, keys, bounds = task
-        _, saved = reference.forward(q[rows, heads], k[rows, keys], v[rows, keys], bounds, scale=scale)
-        o[rows, heads], lse[rows, heads] = saved.o, saved.lse
-
-    run_all([partial(run, task) for task in _tasks(q, k, cu_seqlens)])
-    return o, Saved(q, k, v, o, lse, cu_seqlens, scale)
+    saved = Saved(q, k, v, o, lse, cu_seqlens, scale)
+    run_all([partial(_forward, task, saved) for task in _tasks(saved)])
+    return o, saved
 
 
 def backward(saved: Saved, do: Array) -> Grads:
     """Return the gradients for q, k and v, given `do` [N, H, E]."""
-    q, k, v, o, lse, cu_seqlens, scale = saved
-    grads = Grads(*(empty(array.shape, array.dtype) for array in (q, k, v)))
-
-    def run(task: _Task) -> None:
-        rows, heads, keys, bounds = task
-        part = Saved(
-            q[rows, heads], k[rows, keys], v[rows, keys], o[rows, heads], lse[rows, heads], bounds, scale
-        )
-        dq, dk, dv = reference.backward(part, do[rows, heads])
-        grads.q[rows, heads], grads.k[rows, keys], grads.v[rows, keys] = dq, dk, dv
-
-    run_all([partial(run, task) for task in _tasks(q, k, cu_seqlens)])
+    grads = Grads(*(empty(array.shape, array.dtype) for array in (saved.q, saved.k, saved.v)))
+    run_all([partial(_backward, task, saved, do, grads) for task in _tasks(saved)])
     return grads
 
 
-def _tasks(q: Array, k: Array, cu_seqlens: Array) -> Iterator[_Task]:
+def _forward(task: _Task, saved: Saved) -> None:
+    """Write this task's part of o and lse."""
+    q, o, lse = (task.queries(x) for x in (saved.q, saved.o, saved.lse))
+    groups, rows, shared, width = q.shape
+    columns, tiles = rows * shared, _tiles(q)
+    keys, queries, scores, top, total, ones = scratch_arrays(
+        lse.dtype,
+        (groups, rows, width),
+        (groups, columns, width),
+        _scores_shape(q, tiles),
+        (groups, columns),
+        (groups, columns),
+        (rows,),
+    )
+    keys[...] = task.keys(saved.k)
+    keys *= saved.scale
+    values = wide(task.keys(saved.v))
+    queries.reshape(q.shape)[...] = q
+    ones[...] = 1
+    for tile in tiles:
+        own, highest = queries[:, tile.columns], top[:, tile.columns]
+        weights = scores[:, : tile.seen, : own.shape[1]]
+        np.matmul(keys[:, : tile.seen], own.swapaxes(1, 2), out=weights)
+        _hide(weights, tile, task)
+        np.max(weights, axis=1, out=highest)
+        weights -= highest[:, None]
+        np.exp(weights, out=weights)
+        np.matmul(ones[: tile.seen], weights, out=total[:, tile.columns])
+        # the tile's queries are read for the last time above: o takes their place
+        np.matmul(weights.swapaxes(1, 2), values[:, : tile.seen], out=own)
+    np.log(total.reshape(lse.shape), out=lse)
+    lse += top.reshape(lse.shape)
+    np.reciprocal(total, out=total)
+    np.multiply(queries.reshape(q.shape), total.reshape(*lse.shape, 1), out=o, casting="same_kind")
+
+
+def _backward(task: _Task, saved: Saved, do: Array, grads: Grads) -> None:
+    """Write this task's part of the gradients.
+
+    One column more in the products takes lse off the scores and, off dp, o·do, which is Σ_m p_nm dp_nm.
+    """
+    q, o, do, dq, lse = (task.queries(x) for x in (saved.q, saved.o, do, grads.q, saved.lse))
+    groups, rows, shared, width = q.shape
+    padded, tiles = width + _APART, _tiles(q)
+    keys, values, queries, dos, p, dp, *by_key = scratch_arrays(
+        lse.dtype,
+        *[(groups, rows, padded)] * 2,
+        *[(groups, rows, shared, padded)] * 2,
+        *[_scores_shape(q, tiles)] * 2,
+        *[(groups, rows, width)] * 3,
+    )
+    keys[..., :width], values[..., :width] = task.keys(saved.k), task.keys(saved.v)
+    keys[..., :width] *= saved.scale
+    keys[..., width] = values[..., width] = -1
+    queries[..., :width], queries[..., width] = q, lse
+    dos[..., :width] = do
+    np.vecdot(dos[..., :width], wide(o), out=dos[..., width])
+    operands = _Operands(
+        *(x.reshape(groups, -1, padded)[..., : width + 1] for x in (keys, values, queries, dos))
+    )
+    # the last tile meets every key: it writes what the others add to
+    for tile in reversed(tiles):
+        _tile_backward(operands, (p, dp), by_key, tile, task)
+    # each tile has left dq where its queries were
+    dq[...] = queries[..., :width]
+    dk, dv, _ = by_key
+    dk *= saved.scale
+    task.keys(grads.k)[...], task.keys(grads.v)[...] = dk, dv
+
+
+class _Operands(NamedTuple):
+    """Each with its column more."""
+
+    keys: Array  # [groups, rows, E + 1] times the scale
+    values: Array  # [groups, rows, E + 1]
+    queries: Array  # [groups, rows · M, E + 1]
+    dos: Array  # [groups, rows · M, E + 1]
+
+
+def _tile_backward(
+    operands: _Operands, squares: tuple[Array, Array], by_key: list[Array], tile: _Tile, task: _Task
+) -> None:
+    """Add the tile's share of dk, before its scale, and of dv to `by_key`; write dq over its queries."""
+    keys, values = operands.keys[:, : tile.seen], operands.values[:, : tile.seen]
+    queries, dos = operands.queries[:, tile.columns], operands.dos[:, tile.columns]
+    p, ds = (square[:, : tile.seen, : queries.shape[1]] for square in squares)
+    np.matmul(keys, queries.swapaxes(1, 2), out=p)
+    _hide(p, tile, task)
+    np.exp(p, out=p)
+    np.matmul(values, dos.swapaxes(1, 2), out=ds)
+    ds *= p
+    queries, (*totals, share) = queries[..., :-1], by_key
+    for total, weights, rows in zip(totals, (ds, p), (queries, dos[..., :-1]), strict=True):
+        if tile.seen == total.shape[1]:
+            np.matmul(weights, rows, out=total)
+        else:
+            total[:, : tile.seen] += np.matmul(weights, rows, out=share[:, : tile.seen])
+    np.matmul(ds.swapaxes(1, 2), keys[..., :-1], out=queries)
+
+
+def _hide(scores: Array, tile: _Tile, task: _Task) -> None:
+    """Make the scores [groups, seen, columns] -inf where a query must not look."""
+    own, columns = tile.seen - tile.first, scores.shape[2]
+    shared = columns // own
+    diagonal = scores[:, tile.first :]
+    diagonal += _later(MOST_ROWS, shared, scores.dtype)[:own, :columns]
+    for start in task.starts:
+        # keys before the start of a sequence, from its own first query on
+        scores[:, :start, max(0, start - tile.first) * shared :] = -np.inf
+
+
+@lru_cache(maxsize=4)
+def _later(rows: int, shared: int, dtype: Any) -> Array:
+    """Return -inf where a key comes after a query, else 0: [keys, queries · heads], of the same rows."""
+    later = np.repeat(np.tri(rows, k=-1, dtype=bool), shared, axis=1)
+    return np.where(later, -np.inf, 0).astype(dtype)
+
+
+def _tiles(q: Array) -> list[_Tile]:
+    """Cut the rows of `q` [groups, rows, M, E] into tiles of one size, the last one smaller."""
+    groups, rows, shared, _ = q.shape
+    most = max(LEAST_ROWS, min(ROWS, TILE_SCORES // (groups * rows * shared)))
+    step = ceil(rows / max(1, round(rows / most)))
+    starts = range(0, rows, step)
+    ends = [min(start + step, rows) for start in starts]
+    return [
+        _Tile(slice(first * shared, end * shared), first, end)
+        for first, end in zip(starts, ends, strict=True)
+    ]
+
+
+def _scores_shape(q: Array, tiles: list[_Tile]) -> tuple[int, int, int]:
+    return q.shape[0], q.shape[1], tiles[0].columns.stop
+
+
+def _tasks(saved: Saved) -> Iterator[_Task]:
     """Cut sequences and heads into tasks, the longest first: no thread is left alone with one at the end."""
-    groups = k.shape[1]
-    shared = q.shape[1] // groups
-    spans = sorted(runs(cu_seqlens.tolist()), key=lambda span: span[0] - span[1])
+    bounds: list[int] = saved.cu_seqlens.tolist()
+    groups = saved.k.shape[1]
+    shared = saved.q.shape[1] // groups
+    spans = sorted(runs(bounds), key=lambda span: span[0] - span[1])
+    work = sum((last - first) ** 2 for first, last in spans)
     for first, last in spans:
-        inside = (cu_seqlens >= first) & (cu_seqlens <= last)
-        for group in range(groups):
-            heads = slice(group * shared, (group + 1) * shared)
-            yield _Task(slice(first, last), heads, slice(group, group + 1), cu_seqlens[inside] - first)
+        starts = bounds[bisect_right(bounds, first) : bisect_left(bounds, last)]
+        # groups part where one run is more than a thread's share
+        together = groups if thread_count() * (last - first) ** 2 <= work else 1
+        for group in range(0, groups, together):
+            heads = slice(group * shared, (group + together) * shared)
+            yield _Task(
+                slice(first, last),
+                slice(group, group + together),
+                heads,
+                tuple(start - first for start in starts),
+            )

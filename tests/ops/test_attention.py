@@ -30,22 +30,26 @@ from tests.ops.observe import assert_refused, assert_unchanged, peak_bytes, rand
 CONTRACT = op_contract("attention")
 
 
-def _in_small_tiles(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` cutting tiles of five rows: short sequences then meet every cut and every joint."""
+def _in_small_tiles(op: Any) -> SimpleNamespace:
+    """Return `op` cutting tiles of about five rows: short sequences then meet every cut and every joint."""
 
-    def run(*args: Any, **scalars: Any) -> Any:
-        with patch.multiple(attention, TILE_SCORES=1, JOINED_TOKENS=5):
-            return function(*args, **scalars)
+    def cut(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **scalars: Any) -> Any:
+            of_host = {"ROWS": 5, "MOST_ROWS": 8, "LEAST_ROWS": 2, "TILE_SCORES": 200}
+            with (
+                patch.multiple(attention, TILE_SCORES=1, JOINED_TOKENS=5),
+                patch.multiple(lora.host.attention, **of_host),
+            ):
+                return function(*args, **scalars)
 
-    return run
+        return run
+
+    name = f"{op.__name__} in small tiles"
+    return SimpleNamespace(__name__=name, forward=cut(op.forward), backward=cut(op.backward))
 
 
-SMALL_TILES = SimpleNamespace(
-    __name__="attention in small tiles",
-    forward=_in_small_tiles(attention.forward),
-    backward=_in_small_tiles(attention.backward),
-)
-IMPLEMENTATIONS = [attention, SMALL_TILES, lora.host.attention]
+WHOLE = [attention, lora.host.attention]
+IMPLEMENTATIONS = [*WHOLE, *map(_in_small_tiles, WHOLE)]
 _, _, *KERNELS = implementations(attention)
 EMULATED = [op for op in KERNELS if isinstance(op, Emulated)]
 
