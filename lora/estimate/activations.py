@@ -1,8 +1,8 @@
 """Bytes of the records that a forward keeps for its backward.
 
-They follow the `Saved` of the operations in lora/ops/ as lora/model/block.py strings them together: nothing
-is kept below the first trained block, and the input of a projection only where something reads it. Indices
-are left out: eight bytes a token.
+They follow the `Saved` of the operations, lora/host/'s own where it has one, as lora/model/block.py strings
+them together: nothing is kept below the first trained block, and the input of a projection only where
+something reads it. Indices are left out: eight bytes a token.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _delta_record(spec: ModelSpec, ranks: Mapping[str, int]) -> Kept:
     heads, values = spec.linear_num_value_heads, spec.linear_num_value_heads * spec.linear_value_head_dim
     # the convolution's input and output, which is q, k and v; what decay and strength are made of
     kept = Kept(2 * delta_channels(spec) + 2 * heads)
-    kept = kept.plus(3 * values, heads)  # the gated norm: o, z, and o normed; rstd
+    kept = kept.plus(2 * values, heads)  # the gated norm: o and z; rstd
     if ranks.keys() & {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"}:
         kept = kept.plus(spec.hidden_size)
     return kept.plus(values if "out_proj" in ranks else 0)
