@@ -39,7 +39,7 @@ def _backward(dgate: Array, dup: Array, gate: Array, up: Array, dy: Array, spare
     with np.errstate(over="ignore"):
         np.exp(open_, out=open_)
     open_ += 1
-    np.reciprocal(open_, out=open_)
+    np.divide(1, open_, out=open_)  # twice as fast as np.reciprocal
     silu = np.multiply(gate, open_, out=dup)
     # silu'(g) = sigmoid(g) + silu(g) (1 - sigmoid(g))
     np.subtract(1, open_, out=spare)
