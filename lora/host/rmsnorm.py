@@ -28,8 +28,8 @@ def forward(
     stream = x if residual is None else empty(x.shape, x.dtype)
 
     def rows(y: Array, rstd: Array, stream: Array) -> None:
-        np.multiply(stream, stream, out=y)
-        np.mean(y, axis=-1, keepdims=True, out=rstd)
+        np.vecdot(stream, stream, out=rstd[..., 0])
+        rstd /= stream.shape[-1]
         rstd += eps
         np.sqrt(rstd, out=rstd)
         np.reciprocal(rstd, out=rstd)
@@ -60,14 +60,14 @@ def backward(saved: Saved, dy: Array, dstream: Array | None = None, *, wants_wei
     dx = empty(stream.shape, stream.dtype)
 
     def rows(dx: Array, stream: Array, rstd: Array, dy: Array, *rest: Array) -> None:
-        *dstream, normed = rest
-        np.multiply(stream, rstd, out=normed)
+        *dstream, along = rest
         np.multiply(dy, scale, out=dx)
-        # the projection removes the part of dnormed that would only rescale the row
-        along = np.einsum("...d,...d->...", dx, normed)[..., None] / dx.shape[-1]
-        normed *= along
-        dx -= normed
+        # the projection removes the part of dx that would only rescale the row
+        share = np.vecdot(dx, stream)[..., None] / dx.shape[-1]
+        for _ in range(3):  # one factor after the other: the cube of rstd alone leaves the range of float32
+            share *= rstd
         dx *= rstd
+        dx -= np.multiply(stream, share, out=along)
         for flowing_on in dstream:
             dx += flowing_on
 

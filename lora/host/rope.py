@@ -39,31 +39,47 @@ def forward(
     check_width(q, k, cos, sin, q_norm, k_norm)
     q, q_normed = _normed(q, q_norm, eps)
     k, k_normed = _normed(k, k_norm, eps)
-    return (_rotated(q, cos, sin), _rotated(k, cos, sin)), Saved(cos, sin, q_normed, k_normed)
+    return _rotated(q, k, cos, sin), Saved(cos, sin, q_normed, k_normed)
 
 
 def backward(saved: Saved, dq: Array, dk: Array, *, wants_norms: bool = False) -> Grads:
     """Return the gradients, given `dq` [N, H, E] and `dk` [N, G, E] for the rotated arrays."""
-    dq, dq_norm = _unnormed(saved.q_normed, _rotated(dq, saved.cos, -saved.sin), wants_norms)
-    dk, dk_norm = _unnormed(saved.k_normed, _rotated(dk, saved.cos, -saved.sin), wants_norms)
+    dq, dk = _rotated(dq, dk, saved.cos, -saved.sin)
+    dq, dq_norm = _unnormed(saved.q_normed, dq, wants_norms)
+    dk, dk_norm = _unnormed(saved.k_normed, dk, wants_norms)
     return Grads(dq, dk, dq_norm, dk_norm)
 
 
-def _rotated(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate the pairs of `x` [N, heads, E] by the angles [N, r/2]; a rotation by -sin undoes one by sin."""
-    half, y = cos.shape[1], empty(x.shape, x.dtype)
+def _rotated(q: Array, k: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
+    """Rotate the pairs of both [N, heads, E] by the angles [N, r/2]; a rotation by -sin undoes one by sin."""
+    if q.shape[1] < k.shape[1]:  # blocks are cut by the array with more heads
+        k, q = _rotated(k, q, cos, sin)
+        return q, k
+    outputs = empty(q.shape, q.dtype), empty(k.shape, k.dtype)
 
-    def rows(y: Array, x: Array, cos: Array, sin: Array, spare: Array) -> None:
-        cos, sin, spare = cos[:, None], sin[:, None], spare[..., :half]
-        first, second = x[..., :half], x[..., half : 2 * half]
-        y[..., 2 * half :] = x[..., 2 * half :]
-        np.multiply(first, cos, out=y[..., :half])
-        y[..., :half] -= np.multiply(second, sin, out=spare)
-        np.multiply(second, cos, out=y[..., half : 2 * half])
-        y[..., half : 2 * half] += np.multiply(first, sin, out=spare)
+    def rows(q_out: Array, k_out: Array, q: Array, k: Array, cos: Array, sin: Array, spare: Array) -> None:
+        along = np.concatenate([cos, cos], axis=1)[:, None]
+        across = np.concatenate([sin, -sin], axis=1)[:, None]
+        for y, x in ((q_out, q), (k_out, k)):
+            _rotate(y, x, along, across, spare[:, : x.shape[1]])
 
-    over_rows(rows, (y,), (x, cos, sin), temporaries=1)
-    return y
+    over_rows(rows, outputs, (q, k, cos, sin), temporaries=1)
+    return outputs
+
+
+def _rotate(y: Array, x: Array, along: Array, across: Array, spare: Array) -> None:
+    """Write the rotated `x` into `y`: what each half gives to itself, and what the other half gives to it.
+
+    Rows of r elements, not of r/2: there are few of them, and each costs NumPy a loop of its own.
+    """
+    width = along.shape[-1]
+    halves = (*x.shape[:2], 2, width // 2)
+    y[..., width:] = x[..., width:]
+    turned, spare = y[..., :width], spare[..., :width]
+    np.multiply(x[..., :width], along, out=turned)
+    np.multiply(x[..., :width], across, out=spare)
+    turned = turned.reshape(halves)
+    turned += spare.reshape(halves)[:, :, ::-1]
 
 
 def _normed(x: Array, weight: Array | None, eps: float) -> tuple[Array, rmsnorm.Saved | None]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import ceil
 from typing import Any
 
 from lora.backend import Array, accumulation_dtype, run_all, scratch
+from lora.backend.threads import thread_count
 
-BLOCK_ELEMENTS = 2**17  # of an array: blocks stay in the caches, and calls long beside Python's lock
+BLOCK_ELEMENTS = 2**18  # of an array at most: blocks stay in the caches, and calls long beside Python's lock
+WHOLE_ELEMENTS = 2**17  # what one thread has done before another one is awake
 _LANES = 16  # elements that scratch arrays are kept apart by, so that each starts at a vector
 
 
@@ -47,8 +50,10 @@ def over_rows(
 
 
 def row_blocks(array: Array) -> list[slice]:
-    """Return slices that cover the rows of `array` [N, ...], at least one row each."""
-    step = max(1, BLOCK_ELEMENTS // max(1, array[:1].size))
+    """Return slices that cover the rows of `array` [N, ...]: one, or as many for each thread."""
+    blocks = 1 if array.size <= WHOLE_ELEMENTS else thread_count()
+    blocks *= ceil(array.size / (blocks * BLOCK_ELEMENTS))
+    step = max(1, ceil(len(array) / max(1, blocks)))
     return [slice(start, min(start + step, len(array))) for start in range(0, len(array), step)]
 
 

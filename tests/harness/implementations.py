@@ -68,7 +68,7 @@ class Host(Reference):
 
         def in_small_blocks(function: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
-                with patch.object(row_blocks, "BLOCK_ELEMENTS", 64):
+                with patch.multiple(row_blocks, BLOCK_ELEMENTS=64, WHOLE_ELEMENTS=32):
                     return function(*args, **kwargs)
 
             return run
