@@ -115,3 +115,15 @@ def multiplied_parameters(config: dict[str, Any], task: Task) -> int:
     )
     tied = task == "causal" and "lm_head.weight" not in found
     return matrices + (config["vocab_size"] * config["hidden_size"] if tied else 0)
+
+
+def attention_flops(config: dict[str, Any], lengths: list[int]) -> int:
+    """Return the FLOP of attention's own products in one step over rows of `lengths` tokens.
+
+    Of what a causal mask shows alone: two products forward, and five backward, where the scores are made
+    again (arXiv:2205.14135).
+    """
+    spec = read_spec(config)
+    pairs = sum(tokens * (tokens + 1) // 2 for tokens in lengths)
+    width = spec.num_attention_heads * spec.head_dim
+    return spec.layer_types.count("full_attention") * 7 * 2 * pairs * width

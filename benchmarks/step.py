@@ -207,17 +207,19 @@ def take_turns(case: Case, sides: list[Side], rounds: int) -> float | None:
     return foreign
 
 
-def tokens_of_a_turn(case: Case, seed: int) -> tuple[int, float]:
-    """Return (real tokens of a turn, the share of a padded turn that is padding); all turns are alike."""
+def lengths_of_a_turn(case: Case, seed: int) -> tuple[list[int], float]:
+    """Return (tokens of each row of a turn, the share of a padded turn that is padding); all are alike."""
     turn: list[Batch] = draw(case.lengths, case.task, 2, 1, seed)
-    return sum(batch.tokens for batch in turn), padding_share(turn)
+    return [len(row) for batch in turn for row in batch.rows], padding_share(turn)
 
 
 def _record(case: Case, side: Side, ours: Side, foreign: float | None, options: argparse.Namespace) -> Record:
-    tokens, padding = tokens_of_a_turn(case, options.seed)
+    lengths, padding = lengths_of_a_turn(case, options.seed)
+    tokens, config = sum(lengths), models.config(case.model, case.task)
     peak = side.worker.ask(do="peak")  # before the split, whose instruments take memory themselves
     rate, gemm = tokens / median(side.seconds), median(side.gemm)
-    parameters = models.multiplied_parameters(models.config(case.model, case.task), case.task)
+    parameters = models.multiplied_parameters(config, case.task)
+    flops = 4 * parameters + models.attention_flops(config, lengths) / tokens  # a token
     record = {
         **_identity(case, side.contestant, MEASURED),
         "tokens": tokens,
@@ -227,6 +229,7 @@ def _record(case: Case, side: Side, ours: Side, foreign: float | None, options: 
         "gemm_flops": gemm,
         "multiplied_parameters": parameters,
         "mfu": 4 * parameters * rate / gemm,
+        "products_share": flops * rate / gemm,
         "first_step_seconds": spread(side.first_steps),
         "peak_bytes": peak["peak_bytes"],
         "device_bytes": peak["device_bytes"],

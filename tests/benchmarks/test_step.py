@@ -55,6 +55,11 @@ def test_our_side_alone_is_measured_and_the_peer_named_as_missing(
     assert ours["mfu"] == pytest.approx(
         4 * ours["multiplied_parameters"] * ours["tokens_per_second"] / ours["gemm_flops"]
     )
+    # 2 full layers, 4 heads of 16, rows of 16 tokens: 136 pairs each
+    attention = 2 * 14 * 64 * 136 * CASE.lengths.rows / ours["tokens"]
+    assert ours["products_share"] / ours["mfu"] == pytest.approx(
+        1 + attention / (4 * ours["multiplied_parameters"])
+    )
     assert sum(ours["split_seconds"].values()) > 0
     assert "seconds" not in theirs
 
