@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any
 
@@ -33,7 +33,7 @@ def run_all(tasks: Sequence[Callable[[], Any]]) -> None:
     """Run every task on whichever thread is free; no task may read or write what another one writes.
 
     Raises:
-        Exception: whatever a task raised; others may have run or not.
+        Exception: whatever a task raised; others may have run or not, and none runs any more.
     """
     remaining = iter(tasks)  # a list's iterator gives nothing twice: Python's lock is held while it moves
 
@@ -54,8 +54,9 @@ def run_all(tasks: Sequence[Callable[[], Any]]) -> None:
         try:
             work()
         finally:
-            for other in others:
-                other.result()
+            wait(others)  # all of them: after an error too, none may write any more when the caller goes on
+        for other in others:
+            other.result()
 
 
 @cache

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections import Counter
 from functools import partial
+from threading import Barrier, Event, current_thread, main_thread
+from time import sleep
 
 import pytest
 
@@ -32,6 +34,28 @@ def test_an_error_of_a_task_comes_out(count: int) -> None:
 
     with pytest.raises(ValueError, match="this one"):
         run_all([fail] * 3)
+
+
+def test_no_task_runs_any_more_when_an_error_comes_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "thread_count", lambda: 3)
+    threads._pool.cache_clear()
+    all_have_one, failed, ended = Barrier(3, timeout=10), Event(), []
+
+    def task() -> None:
+        place = all_have_one.wait()
+        if current_thread() is main_thread():
+            return
+        if current_thread().name.endswith("_0"):  # whose result is asked for first
+            failed.set()
+            raise ValueError("this one")
+        failed.wait(10)
+        sleep(0.05)
+        ended.append(place)
+
+    with pytest.raises(ValueError, match="this one"):
+        run_all([task] * 3)
+    assert len(ended) == 1
+    threads._pool.cache_clear()
 
 
 def test_a_task_shares_nothing_out_again(count: int) -> None:
