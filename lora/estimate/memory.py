@@ -10,8 +10,8 @@ from lora.estimate.activations import saved_bytes
 from lora.estimate.scratch import (
     head_gradient_bytes,
     logits_bytes,
-    row_block_bytes,
     scratch_bytes,
+    thread_bytes,
     widening_bytes,
 )
 from lora.estimate.workload import MOMENT_BYTES, TRAINED_BYTES, Workload
@@ -57,7 +57,7 @@ def memory(workload: Workload, tokens: int, *, longest: int, accumulates: bool) 
     """
     saved, logits = saved_bytes(workload, tokens), logits_bytes(workload, tokens, longest)
     # the logits' memory stays in the pool when the blocks' backward begins
-    scratch = scratch_bytes(workload, tokens, longest) + row_block_bytes(workload, tokens)
+    scratch = scratch_bytes(workload, tokens, longest) + thread_bytes(workload, tokens, longest)
     gradient = workload.held_parameters * workload.wide_bytes
     if accumulates:
         # a second set grows beside the sum, in the room that the records leave as they are used up

@@ -12,10 +12,11 @@ from lora.backend.gemm import WIDENED_BYTES
 from lora.backend.threads import thread_count
 from lora.estimate.activations import delta_channels, layer_record, recorded_layers
 from lora.estimate.workload import STORED_BYTES, TRAINED_BYTES, Workload
+from lora.host.attention import MOST_ROWS, scratch_elements
 from lora.host.causal_conv1d import BLOCKS as CONVOLVED_BLOCKS
 from lora.host.gated_delta_rule import CHUNK, groups_at_once
 from lora.host.row_blocks import BLOCK_ELEMENTS
-from lora.ops.attention import JOINED_TOKENS, TILE_SCORES
+from lora.ops.attention import JOINED_TOKENS
 from lora.ops.softmax_xent import CHUNK_BYTES, chunk_rows
 
 
@@ -55,20 +56,9 @@ def _attention_backward(workload: Workload, tokens: int, longest: int) -> int:
         held += queries + keys
     if spec.attn_output_gate:
         held += 3 * queries
-    projection = 3 * spec.hidden_size + (queries if widened else 0)
+    projection = 3 * spec.hidden_size + (queries + 2 * keys if widened else 0)
     attention = (4 if widened else 2) * keys
-    rows = tokens * (held * narrow + max(projection, attention) * wide)
-    return rows + _tile(workload, tokens, longest, copies=3)
-
-
-def _tile(workload: Workload, tokens: int, longest: int, *, copies: int) -> int:
-    """Return the bytes of `copies` of the scores of one tile of attention, over all heads, and of its mask.
-
-    A tile's arrays die when the next tile's have taken their names: one more is alive than is read.
-    """
-    heads, seen = workload.spec.num_attention_heads, min(tokens, max(longest, 2 * JOINED_TOKENS))
-    scores = min(seen * seen, max(JOINED_TOKENS * seen, TILE_SCORES // heads))
-    return scores * (copies * heads + 1) * workload.wide_bytes
+    return tokens * (held * narrow + max(projection, attention) * wide)
 
 
 def _delta_backward(workload: Workload, tokens: int, longest: int) -> int:
@@ -118,7 +108,7 @@ def _unrecorded(workload: Workload, kind: str, tokens: int, longest: int) -> int
         task = _delta_task(workload, longest, squares=8, rows=4, states=3)
         mixer = _delta_tasks(workload, tokens, longest) * task
     else:
-        mixer = _tile(workload, tokens, longest, copies=2)
+        mixer = 0
     return tokens * layer_record(spec, kind, {}).size(workload) + max(feed_forward, mixer)
 
 
@@ -131,10 +121,30 @@ def _embedding_gradient(workload: Workload, tokens: int) -> int:
     return rows * workload.spec.hidden_size * workload.wide_bytes
 
 
-def row_block_bytes(workload: Workload, tokens: int) -> int:
-    """Return what the threads of a CPU keep beside the arrays whose rows they go through, block by block."""
+def thread_bytes(workload: Workload, tokens: int, longest: int) -> int:
+    """Return what the threads of a CPU keep: scratch for the operation that takes most, and a mask."""
     if workload.device != "cpu":
         return 0
+    most = max(_row_blocks(workload, tokens), _attention_tasks(workload, tokens, longest))
+    mask = MOST_ROWS**2 * workload.spec.num_attention_heads // workload.spec.num_key_value_heads
+    return (most + mask) * workload.wide_bytes
+
+
+def _attention_tasks(workload: Workload, tokens: int, longest: int) -> int:
+    """Return the elements of the tasks of attention that run at once."""
+    spec, threads = workload.spec, thread_count()
+    if "full_attention" not in spec.layer_types:
+        return 0
+    groups, rows = spec.num_key_value_heads, min(tokens, max(longest, 2 * JOINED_TOKENS))
+    runs = ceil(tokens / rows)
+    together = groups if runs >= threads else 1
+    shared = spec.num_attention_heads // groups
+    at_once = min(threads, runs * groups // together)
+    return at_once * scratch_elements(together, rows, shared, spec.head_dim)
+
+
+def _row_blocks(workload: Workload, tokens: int) -> int:
+    """Return the elements of the blocks of rows that threads go through."""
     # SwiGLU's backward takes most: one array of its own, and five that are widened or rounded in passing
     arrays = 6 if workload.activation_bytes < workload.wide_bytes else 1
     whole = tokens * workload.spec.intermediate_size
@@ -143,7 +153,7 @@ def row_block_bytes(workload: Workload, tokens: int) -> int:
         # or the convolution's, of four arrays
         whole, block = tokens * delta_channels(workload.spec), CONVOLVED_BLOCKS * BLOCK_ELEMENTS
         most = max(most, min(thread_count(), ceil(whole / block)) * 4 * min(block, whole))
-    return most * workload.wide_bytes
+    return most
 
 
 def widening_bytes(workload: Workload) -> int:

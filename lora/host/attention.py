@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from functools import lru_cache, partial
-from math import ceil
+from math import ceil, prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,12 +86,12 @@ def _forward(task: _Task, saved: Saved) -> None:
     """Write this task's part of o and lse."""
     q, o, lse = (task.queries(x) for x in (saved.q, saved.o, saved.lse))
     groups, rows, shared, width = q.shape
-    columns, tiles = rows * shared, _tiles(q)
+    columns, tiles = rows * shared, _tiles(groups, rows, shared)
     keys, queries, scores, top, total, ones = scratch_arrays(
         lse.dtype,
         (groups, rows, width),
         (groups, columns, width),
-        _scores_shape(q, tiles),
+        (groups, rows, tiles[0].columns.stop),
         (groups, columns),
         (groups, columns),
         (rows,),
@@ -125,13 +125,9 @@ def _backward(task: _Task, saved: Saved, do: Array, grads: Grads) -> None:
     """
     q, o, do, dq, lse = (task.queries(x) for x in (saved.q, saved.o, do, grads.q, saved.lse))
     groups, rows, shared, width = q.shape
-    padded, tiles = width + _APART, _tiles(q)
+    padded = width + _APART
     keys, values, queries, dos, p, dp, *by_key = scratch_arrays(
-        lse.dtype,
-        *[(groups, rows, padded)] * 2,
-        *[(groups, rows, shared, padded)] * 2,
-        *[_scores_shape(q, tiles)] * 2,
-        *[(groups, rows, width)] * 3,
+        lse.dtype, *_backward_shapes(groups, rows, shared, width)
     )
     keys[..., :width], values[..., :width] = task.keys(saved.k), task.keys(saved.v)
     keys[..., :width] *= saved.scale
@@ -143,7 +139,7 @@ def _backward(task: _Task, saved: Saved, do: Array, grads: Grads) -> None:
         *(x.reshape(groups, -1, padded)[..., : width + 1] for x in (keys, values, queries, dos))
     )
     # the last tile meets every key: it writes what the others add to
-    for tile in reversed(tiles):
+    for tile in reversed(_tiles(groups, rows, shared)):
         _tile_backward(operands, (p, dp), by_key, tile, task)
     # each tile has left dq where its queries were
     dq[...] = queries[..., :width]
@@ -200,9 +196,8 @@ def _later(rows: int, shared: int, dtype: Any) -> Array:
     return np.where(later, -np.inf, 0).astype(dtype)
 
 
-def _tiles(q: Array) -> list[_Tile]:
-    """Cut the rows of `q` [groups, rows, M, E] into tiles of one size, the last one smaller."""
-    groups, rows, shared, _ = q.shape
+def _tiles(groups: int, rows: int, shared: int) -> list[_Tile]:
+    """Cut the rows of a task into tiles of one size, the last one smaller."""
     most = max(LEAST_ROWS, min(ROWS, TILE_SCORES // (groups * rows * shared)))
     step = ceil(rows / max(1, round(rows / most)))
     starts = range(0, rows, step)
@@ -213,8 +208,16 @@ def _tiles(q: Array) -> list[_Tile]:
     ]
 
 
-def _scores_shape(q: Array, tiles: list[_Tile]) -> tuple[int, int, int]:
-    return q.shape[0], q.shape[1], tiles[0].columns.stop
+def _backward_shapes(groups: int, rows: int, shared: int, width: int) -> list[tuple[int, ...]]:
+    """Return the shapes of a task's scratch in backward: keys, values, queries, dos, p, dp, three by key."""
+    padded, scores = width + _APART, (groups, rows, _tiles(groups, rows, shared)[0].columns.stop)
+    by_query, by_key = (groups, rows, shared, padded), (groups, rows, width)
+    return [(groups, rows, padded)] * 2 + [by_query] * 2 + [scores] * 2 + [by_key] * 3
+
+
+def scratch_elements(groups: int, rows: int, shared: int, width: int) -> int:
+    """Return what a thread keeps of scratch for a task of `groups` keys' heads, `shared` queries' to each."""
+    return sum(map(prod, _backward_shapes(groups, rows, shared, width)))
 
 
 def _tasks(saved: Saved) -> Iterator[_Task]:
