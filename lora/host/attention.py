@@ -121,40 +121,42 @@ def _forward(task: _Task, saved: Saved) -> None:
 def _backward(task: _Task, saved: Saved, do: Array, grads: Grads) -> None:
     """Write this task's part of the gradients.
 
-    One column more in the products takes lse off the scores and, off dp, o·do, which is Σ_m p_nm dp_nm.
+    The scores come from the product that made them in forward, to the same bits: with others the weights of
+    a row would not quite sum to 1, and what all its keys have in common would leak into dq. One column more
+    in the other product takes o·do, which is Σ_m p_nm dp_nm, off dp.
     """
     q, o, do, dq, lse = (task.queries(x) for x in (saved.q, saved.o, do, grads.q, saved.lse))
     groups, rows, shared, width = q.shape
-    padded = width + _APART
-    keys, values, queries, dos, p, dp, *by_key = scratch_arrays(
+    keys, values, queries, dos, total, p, dp, *by_key = scratch_arrays(
         lse.dtype, *_backward_shapes(groups, rows, shared, width)
     )
-    keys[..., :width], values[..., :width] = task.keys(saved.k), task.keys(saved.v)
-    keys[..., :width] *= saved.scale
-    keys[..., width] = values[..., width] = -1
-    queries[..., :width], queries[..., width] = q, lse
-    dos[..., :width] = do
+    keys[...] = task.keys(saved.k)
+    keys *= saved.scale
+    values[..., :width], values[..., width] = task.keys(saved.v), -1
+    queries[...], dos[..., :width], total[...] = q, do, lse
     np.vecdot(dos[..., :width], wide(o), out=dos[..., width])
+    queries, dos = (x.reshape(groups, rows * shared, -1) for x in (queries, dos))
     operands = _Operands(
-        *(x.reshape(groups, -1, padded)[..., : width + 1] for x in (keys, values, queries, dos))
+        keys, values[..., : width + 1], queries, dos[..., : width + 1], total.reshape(groups, -1)
     )
     # the last tile meets every key: it writes what the others add to
     for tile in reversed(_tiles(groups, rows, shared)):
         _tile_backward(operands, (p, dp), by_key, tile, task)
     # each tile has left dq where its queries were
-    dq[...] = queries[..., :width]
+    dq[...] = queries.reshape(dq.shape)
     dk, dv, _ = by_key
     dk *= saved.scale
     task.keys(grads.k)[...], task.keys(grads.v)[...] = dk, dv
 
 
 class _Operands(NamedTuple):
-    """Each with its column more."""
+    """What tiles are cut from."""
 
-    keys: Array  # [groups, rows, E + 1] times the scale
-    values: Array  # [groups, rows, E + 1]
-    queries: Array  # [groups, rows · M, E + 1]
-    dos: Array  # [groups, rows · M, E + 1]
+    keys: Array  # [groups, rows, E] times the scale
+    values: Array  # [groups, rows, E + 1] with -1 behind each
+    queries: Array  # [groups, rows · M, E]
+    dos: Array  # [groups, rows · M, E + 1] with o·do behind each
+    lse: Array  # [groups, rows · M]
 
 
 def _tile_backward(
@@ -166,16 +168,17 @@ def _tile_backward(
     p, ds = (square[:, : tile.seen, : queries.shape[1]] for square in squares)
     np.matmul(keys, queries.swapaxes(1, 2), out=p)
     _hide(p, tile, task)
+    p -= operands.lse[:, None, tile.columns]
     np.exp(p, out=p)
     np.matmul(values, dos.swapaxes(1, 2), out=ds)
     ds *= p
-    queries, (*totals, share) = queries[..., :-1], by_key
+    *totals, share = by_key
     for total, weights, rows in zip(totals, (ds, p), (queries, dos[..., :-1]), strict=True):
         if tile.seen == total.shape[1]:
             np.matmul(weights, rows, out=total)
         else:
             total[:, : tile.seen] += np.matmul(weights, rows, out=share[:, : tile.seen])
-    np.matmul(ds.swapaxes(1, 2), keys[..., :-1], out=queries)
+    np.matmul(ds.swapaxes(1, 2), keys, out=queries)
 
 
 def _hide(scores: Array, tile: _Tile, task: _Task) -> None:
@@ -209,10 +212,11 @@ def _tiles(groups: int, rows: int, shared: int) -> list[_Tile]:
 
 
 def _backward_shapes(groups: int, rows: int, shared: int, width: int) -> list[tuple[int, ...]]:
-    """Return the shapes of a task's scratch in backward: keys, values, queries, dos, p, dp, three by key."""
+    """Return the shapes of a task's scratch in backward: its operands, two squares of scores, three sums."""
     padded, scores = width + _APART, (groups, rows, _tiles(groups, rows, shared)[0].columns.stop)
-    by_query, by_key = (groups, rows, shared, padded), (groups, rows, width)
-    return [(groups, rows, padded)] * 2 + [by_query] * 2 + [scores] * 2 + [by_key] * 3
+    by_key, by_query = (groups, rows), (groups, rows, shared)
+    operands = [(*by_key, width), (*by_key, padded), (*by_query, width), (*by_query, padded), by_query]
+    return [*operands, scores, scores, *[(*by_key, width)] * 3]
 
 
 def scratch_elements(groups: int, rows: int, shared: int, width: int) -> int:

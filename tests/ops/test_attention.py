@@ -202,6 +202,22 @@ def check_lse(op: Any, case: Case) -> None:
         assert_within(saved.lse[exact.index], exact.lse, magnitude, case.t + case.e + 10, "float32")
 
 
+def check_common_part(op: Any, case: Case) -> None:
+    rng, tokens, width = np.random.default_rng(case.seed), 60, 64
+    common = np.where(np.arange(width) < 8, 1e4, 0)
+    noise = [rng.standard_normal((tokens, heads, width)) for heads in (4, 2, 2, 4)]
+    q, k = noise[0] + common / 100, noise[1] * np.where(common, 1e-3, 1) + common
+    arrays, errors = [array.astype("float32") for array in (q, k, *noise[2:])], []
+    for dtype in ("float64", "float32"):
+        q, k, v, do = (array.astype(dtype) for array in arrays)
+        o, saved = op.forward(q, k, v, np.array([0, 21, tokens]), scale=0.1)
+        errors.append((o, *op.backward(saved, do)))
+    of_o, *of_gradients = (
+        np.linalg.norm(found - exact) / np.linalg.norm(exact) for exact, found in zip(*errors, strict=True)
+    )
+    assert max(of_gradients) < 4 * of_o
+
+
 def check_memory(op: Any, case: Case) -> None:
     arrays = case._replace(s=1, t=2000, g=1, m=4, e=8).arrays("float32")
     o, saved = op.forward(**arrays, scale=case.scale)
@@ -245,6 +261,7 @@ CHECKS = {
     "ATTENTION-006": check_lse,
     "ATTENTION-008": check_inputs_unchanged,
     "ATTENTION-009": check_refusals,
+    "ATTENTION-016": check_common_part,
 }
 MEASURED = {"ATTENTION-007": check_memory}  # on one case: what it allocates depends on sizes alone
 
@@ -319,6 +336,16 @@ def _unsummed(saved: Any, do: Any) -> Any:
     return attention.backward(saved._replace(o=np.zeros_like(saved.o)), do)
 
 
+def _scales_later(saved: Any, do: Any) -> Any:
+    plain = attention._scores
+
+    def scores(queries: Any, keys: Any, tile: Any, scale: float) -> Any:
+        return plain(queries, keys * np.float32(scale), tile, 1.0)
+
+    with patch.object(attention, "_scores", scores):
+        return attention.backward(saved, do)
+
+
 def _one_tile(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **scalars: Any) -> Any:
         with patch.multiple(attention, TILE_SCORES=2**40):
@@ -338,6 +365,7 @@ def _ignoring_the_rest(q: Any, k: Any, v: Any, cu_seqlens: Any, *, scale: float)
 
 
 MUTANTS = {
+    "makes_other_scores_in_backward": _bug(backward=_scales_later),
     "misses_the_row_sum": _bug(backward=_unsummed),
     "forgets_the_scale_in_dq": _bug(
         backward=lambda s, do: attention.backward(s, do)._replace(q=attention.backward(s, do).q / s.scale)
