@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,18 @@ def blas_facts() -> dict[str, str | int | None]:
     return {"library": library, "core": core, "threads": blas.scipy_openblas_get_num_threads64_()}
 
 
+@dataclass
+class _Callers:
+    """Who runs products on one thread at this moment: the number of threads is the whole process's."""
+
+    lock: Lock = field(default_factory=Lock)
+    count: int = 0
+    threads: int = 1  # before the first of them came
+
+
+_callers = _Callers()
+
+
 @contextmanager
 def one_thread_a_product() -> Iterator[None]:
     """Run every product on the thread that asks for it, until the block ends; under an OpenBLAS alone."""
@@ -36,12 +50,18 @@ def one_thread_a_product() -> Iterator[None]:
     if blas is None:
         yield
         return
-    before = blas.scipy_openblas_get_num_threads64_()
-    blas.scipy_openblas_set_num_threads64_(1)
+    with _callers.lock:
+        if _callers.count == 0:
+            _callers.threads = blas.scipy_openblas_get_num_threads64_()
+            blas.scipy_openblas_set_num_threads64_(1)
+        _callers.count += 1
     try:
         yield
     finally:
-        blas.scipy_openblas_set_num_threads64_(before)
+        with _callers.lock:
+            _callers.count -= 1
+            if _callers.count == 0:
+                blas.scipy_openblas_set_num_threads64_(_callers.threads)
 
 
 def gemm(out: np.ndarray, a: np.ndarray, b: np.ndarray, *, scale: float, accumulate: bool) -> bool:

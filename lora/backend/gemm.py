@@ -92,17 +92,17 @@ def linear_transpose(dy: Array, weight: Array, onto: Array | None = None) -> Arr
     With `onto`, an array of that dtype, it is added to what that holds, and `onto` is returned.
     """
     dy, adds = _operand(dy, weight), onto is not None
-    if not adds:
-        onto = empty((dy.shape[0], weight.shape[1]), accumulation_dtype(dy.dtype), like=dy)
+    shape = (dy.shape[0], weight.shape[1])
+    dx = empty(shape, accumulation_dtype(dy.dtype), like=dy) if onto is None else onto
     if weight.dtype == dy.dtype:
-        return matmul_into(onto, dy, weight, accumulate=adds)
+        return matmul_into(dx, dy, weight, accumulate=adds)
 
     def write(share: slice) -> None:
         for rows, block in _widened(weight[:, share], dy.dtype):
-            matmul_into(onto[:, share], dy[:, rows], block, accumulate=adds or rows.start > 0)
+            matmul_into(dx[:, share], dy[:, rows], block, accumulate=adds or rows.start > 0)
 
     run_all([partial(write, share) for share in _shares(weight, axis=1)])
-    return onto
+    return dx
 
 
 def _operand(rows: Array, weight: Array) -> Array:

@@ -7,6 +7,7 @@ system a page fault and a page of zeros, a twentieth of a training step.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from bisect import insort
@@ -104,6 +105,10 @@ class Pool:
             for span in self._unused():
                 self._drop(span)
 
+    def renew_lock(self) -> None:
+        """Forget who holds the lock."""
+        self._lock = Lock()
+
     def _cut(self, size: int) -> _Span:
         """Take `size` bytes off the smallest free span that has them; of two alike, the older slab's."""
         self._settle()
@@ -148,3 +153,6 @@ class Pool:
 
 
 _pool = Pool()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.renew_lock)  # a thread that the child lacks may have held it

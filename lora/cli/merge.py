@@ -114,6 +114,7 @@ def print_merged(merged: Merged) -> None:
 
 
 def _check_output(output: Path, sources: dict[str, Path]) -> None:
+    from lora.io.apr_folder import is_apr
     from lora.io.peft import CONFIG
     from lora.io.save_checkpoint import replaced
 
@@ -125,6 +126,8 @@ def _check_output(output: Path, sources: dict[str, Path]) -> None:
     if (output / CONFIG).is_file():
         # beside an adapter, the merge would be taken for a part of it
         raise UsageError(f"--output {output} holds an adapter; name another output")
+    if is_apr(output) and output.is_dir():
+        raise UsageError(f"--output {output} is a folder with the name of an APR file; name another output")
     found = replaced(output)
     if found:
         there = f"holds {listed(found)}" if output.is_dir() else "exists already"

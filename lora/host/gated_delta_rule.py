@@ -35,9 +35,8 @@ from lora.ops._logistic import sigmoid, softplus
 from lora.ops.gated_delta_rule import L2_EPS, Grads, Saved, check_shapes
 
 CHUNK = 64  # tokens
-TASK_ELEMENTS = (
-    2**17
-)  # of a chunk's largest array: calls are long beside Python's lock, arrays still in cache
+# of a chunk's largest array: calls are long beside Python's lock, arrays still in cache
+TASK_ELEMENTS = 2**17
 
 
 class _Task(NamedTuple):

@@ -7,12 +7,12 @@ from functools import partial
 from math import ceil
 from typing import Any
 
-from lora.backend import Array, accumulation_dtype, run_all, scratch
+from lora.backend import Array, accumulation_dtype, run_all
 from lora.backend.threads import thread_count
+from lora.host.scratch_arrays import scratch_arrays
 
 BLOCK_ELEMENTS = 2**18  # of an array at most: blocks stay in the caches, and calls long beside Python's lock
 WHOLE_ELEMENTS = 2**17  # what one thread has done before another one is awake
-_LANES = 16  # elements that scratch arrays are kept apart by, so that each starts at a vector
 
 
 def over_rows(
@@ -38,15 +38,24 @@ def over_rows(
 
     def run(block: slice) -> None:
         largest = outputs[0][blocks[0]].size
-        spare = _Spare(dtype, narrow + temporaries, largest)
-        ins = [x[block] if x.dtype == dtype else spare.copy(x[block]) for x in inputs]
-        outs = [y[block] if y.dtype == dtype else spare.like(y[block]) for y in outputs]
-        function(*outs, *ins, *(spare.like(outs[0]) for _ in range(temporaries)))
+        spare = iter(scratch_arrays(dtype, *[(largest,)] * (narrow + temporaries)))
+
+        def like(block: Array) -> Array:
+            return next(spare)[: block.size].reshape(block.shape)
+
+        ins = [x[block] if x.dtype == dtype else _copied(x[block], like(x[block])) for x in inputs]
+        outs = [y[block] if y.dtype == dtype else like(y[block]) for y in outputs]
+        function(*outs, *ins, *(like(outs[0]) for _ in range(temporaries)))
         for y, out in zip(outputs, outs, strict=True):
             if y.dtype != dtype:
                 y[block] = out
 
     run_all([partial(run, block) for block in blocks])
+
+
+def _copied(block: Array, out: Array) -> Array:
+    out[...] = block
+    return out
 
 
 def row_blocks(array: Array) -> list[slice]:
@@ -55,23 +64,3 @@ def row_blocks(array: Array) -> list[slice]:
     blocks *= ceil(array.size / (blocks * BLOCK_ELEMENTS))
     step = max(1, ceil(len(array) / max(1, blocks)))
     return [slice(start, min(start + step, len(array))) for start in range(0, len(array), step)]
-
-
-class _Spare:
-    """Arrays out of one thread's scratch, one behind the other."""
-
-    def __init__(self, dtype: Any, count: int, largest: int) -> None:
-        self._apart = -(-largest // _LANES) * _LANES
-        self._flat, self._used = scratch(count * self._apart, dtype), 0
-
-    def like(self, block: Array) -> Array:
-        """Return an array of the shape of `block`."""
-        start = self._used * self._apart
-        self._used += 1
-        return self._flat[start : start + block.size].reshape(block.shape)
-
-    def copy(self, block: Array) -> Array:
-        """Return `block` in the scratch's dtype."""
-        out = self.like(block)
-        out[...] = block
-        return out

@@ -39,7 +39,7 @@ def _backward(dx: Array, dgate: Array, x: Array, gate: Array, dy: Array, open_: 
 
 def _sigmoid(x: Array, out: Array) -> None:
     np.negative(x, out=out)
-    # exp may overflow to infinity, whose reciprocal is the right limit, 0
+    # exp may overflow to infinity: 1 divided by it is the right limit, 0
     with np.errstate(over="ignore"):
         np.exp(out, out=out)
     out += 1

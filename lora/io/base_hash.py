@@ -44,12 +44,11 @@ def base_change(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> str | None:
         facts: of an adapter or a run; without a `base_hash`, as PEFT writes adapters, nothing is known.
     """
     expected = facts.get("base_hash")
-    found = base_hash(checkpoint) if expected is not None else None
-    if found == expected:
+    if expected is None or (found := base_hash(checkpoint)) == expected:
         return None
     return (
         f"{checkpoint.folder} is not the base that was trained on, or has changed since: expected "
-        f"{str(expected)[:12]}... as the hash of its sizes and weights, found {str(found)[:12]}...; "
+        f"{str(expected)[:12]}... as the hash of its sizes and weights, found {found[:12]}...; "
         "put that base back, name it as the base, or train anew"
     )
 

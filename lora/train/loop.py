@@ -188,8 +188,9 @@ class Loop:
             return (
                 f"nothing is trained yet: check the base's weights, and dtype, which is {self.config.dtype}"
             )
-        limit = " or set clip, which is 0" if self.config.clip == 0 else ""
-        return f"lower learning_rate, which is {self.config.learning_rate:g}{limit}"
+        limit = ", or set clip, which is 0" if self.config.clip == 0 else ""
+        lower = f"lower learning_rate, which is {self.config.learning_rate:g}{limit}"
+        return f"{lower}, and begin anew in another output"
 
     def _finish(self, done: EpochDone) -> None:
         with Held() as held:

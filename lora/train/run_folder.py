@@ -29,16 +29,8 @@ METRICS_FILE, METRICS_CSV = "metrics.jsonl", "metrics.csv"
 BEST, LAST = "best", "last"
 MOST_LISTED = 20
 _EPOCH = re.compile(r"epoch-(\d+)")
-_NAMES = (
-    RUN_FILE,
-    STATE_FILE,
-    METRICS_FILE,
-    METRICS_CSV,
-    RECIPE_FILE,
-    FOLDER,
-    BEST,
-    LAST,
-)  # beside the epochs
+# beside the epochs
+_NAMES = (RUN_FILE, STATE_FILE, METRICS_FILE, METRICS_CSV, RECIPE_FILE, FOLDER, BEST, LAST)
 # of a kept state; its card may be written anew by an evaluation
 _TRAINED = ("*.safetensors", "*.json", "*.apr")
 
@@ -56,6 +48,8 @@ def refuse_another_run(folder: Path) -> None:
     Raises:
         ValidationError: what was found, by name.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValidationError(f"{folder}: expected a folder, or nothing, found a file; name another output")
     found = _written_by_runs(folder)
     for name in (RUN_FILE, STATE_FILE):
         if name in found:

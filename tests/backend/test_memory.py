@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -107,6 +109,17 @@ def test_an_array_may_die_while_another_one_is_cut() -> None:
     with pool._lock:
         gc.collect()
     assert len(pool._returned) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_forked_child_waits_for_no_thread_of_its_parent() -> None:
+    with memory._pool._lock:  # as if another thread were in the pool
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            empty(LARGE, np.float32)
+            os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_release_leaves_what_is_in_use() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from functools import partial
-from threading import Barrier, Event, current_thread, main_thread
+from threading import Barrier, Event, Thread, current_thread, main_thread
 from time import sleep
 
 import pytest
 
 from lora.backend import blas_facts, run_all, threads
+from lora.backend.blas import one_thread_a_product
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -56,6 +57,26 @@ def test_no_task_runs_any_more_when_an_error_comes_out(monkeypatch: pytest.Monke
         run_all([task] * 3)
     assert len(ended) == 1
     threads._pool.cache_clear()
+
+
+def test_callers_at_the_same_time_leave_the_products_their_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    if blas_facts()["threads"] is None:
+        pytest.skip("NumPy's BLAS does not say how many threads it takes")
+    before, first_is_in, second_is_in = blas_facts()["threads"], Event(), Event()
+    first = Thread(target=_products_on_one_thread, args=(first_is_in, second_is_in))
+    first.start()
+    first_is_in.wait()
+    with one_thread_a_product():  # begins inside the first caller's, and outlives it
+        second_is_in.set()
+        first.join()
+        assert blas_facts()["threads"] == 1
+    assert blas_facts()["threads"] == before
+
+
+def _products_on_one_thread(entered: Event, leave: Event) -> None:
+    with one_thread_a_product():
+        entered.set()
+        leave.wait()
 
 
 def test_a_task_shares_nothing_out_again(count: int) -> None:

@@ -105,6 +105,14 @@ def test_what_lies_in_the_output_is_never_overwritten(lora, own_base, base, adap
     assert snapshot(tmp_path) == before
 
 
+def test_a_folder_with_the_name_of_an_apr_file_is_no_output(lora, adapter, tmp_path) -> None:
+    (tmp_path / "merged.apr").mkdir()
+    outcome = lora("merge", "--adapter", adapter, "-o", tmp_path / "merged.apr")
+    assert outcome.exit_code == 2
+    assert "is a folder with the name of an APR file" in outcome.err
+    assert list((tmp_path / "merged.apr").iterdir()) == []
+
+
 def test_other_files_in_the_output_stay(lora, adapter, tmp_path) -> None:
     output = tmp_path / "merged"
     output.mkdir()

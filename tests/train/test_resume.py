@@ -367,6 +367,13 @@ def test_a_run_without_resume_leaves_another_alone(tmp_path: Path) -> None:
     assert written(tmp_path) == before
 
 
+def test_a_file_is_no_folder_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ValidationError, match="expected a folder, or nothing, found a file"):
+        train(tmp_path / "run", "lora")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
 def test_a_run_that_another_overtook_leaves_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tmp_path, "lora")
     before = written(tmp_path)
