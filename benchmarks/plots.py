@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import MEASURED, Record, read
+from benchmarks.table import figure as cell
 
 _MISSING = "plot: not drawn, matplotlib is missing: pip install 'lora-numpy[plots]'"
 _NOTHING = "plot: not drawn, nothing was measured"
@@ -44,7 +45,7 @@ def plot_scaling(folder: Path) -> str:
     for record in records:
         for axis, quantity in zip(axes, ("seconds", "bytes"), strict=True):
             found = record[quantity]
-            label = f"{record['case']}: {found['exponent']:.2f} (allowed {found['allowed']:.2f})"
+            label = f"{record['case']}: {cell(found['exponent'])} (allowed {cell(found['allowed'])})"
             axis.loglog(record["sizes"], found["values"], "o-", label=label)
     for axis, title in zip(axes, ("seconds a step", "bytes at the peak"), strict=True):
         axis.set_xlabel("size of the axis")

@@ -37,6 +37,7 @@ from lora.spec import adaptable_modules, read_spec
 # what a measured exponent may exceed the arithmetic's by: caches overflow as sizes grow; bytes do not vary
 SLACK = {"seconds": 0.3, "bytes": 0.1}
 ATTEMPTS = 3  # at a point that others disturb
+PROCESSES = 2  # a point: one in ten is a sixth slower as long as it runs, which would pass for growth
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def main(options: argparse.Namespace) -> int:
 def measure_axis(name: str, points: list[Point]) -> Record:
     """Return the record of one axis."""
     sizes = [size_on(name, point) for point in points]
-    measured = [measure(point) for point in points]
+    measured = [fastest([measure(point) for _ in range(PROCESSES)]) for point in points]
     arithmetic = {"seconds": list(map(flops, points)), "bytes": list(map(planned_bytes, points))}
     foreign = max((each["foreign_share"] or 0.0 for each in measured), default=0.0)
     found = {
@@ -133,7 +134,12 @@ def measure(point: Point) -> dict[str, Any]:
         found.append(measure_once(point))
         if not disturbed(found[-1]["foreign_share"]):
             return found[-1]
-    return min(found, key=lambda each: each["seconds"])
+    return fastest(found)
+
+
+def fastest(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the fastest of some measurements of one point, of the undisturbed ones where there are any."""
+    return min(found, key=lambda each: (disturbed(each["foreign_share"]), each["seconds"]))
 
 
 def measure_once(point: Point) -> dict[str, Any]:
