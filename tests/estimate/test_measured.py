@@ -24,6 +24,7 @@ from lora.model import decoder
 from lora.model.model import Model
 from lora.train.optimizer import AdamW
 from lora.train.step import train_step
+from tests.harness.counted_memory import counted_memory
 from tests.harness.models import TINY_QWEN2, TINY_QWEN3_5, write_model
 
 # wide enough for the arrays to outweigh Python's own objects, deep enough for records to outweigh scratch
@@ -125,12 +126,6 @@ def name(case: Case) -> str:
     return "-".join(map(str, case))
 
 
-@pytest.fixture(autouse=True)
-def slabs_of_one_array(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Count pooled arrays as they are: addresses of a slab that nothing was written to are no memory."""
-    monkeypatch.setattr("lora.backend.memory.SLAB_BYTES", 0)
-
-
 @pytest.mark.parametrize("case", RECORDS, ids=name)
 def test_records_agree_to_the_byte(case: Case, tmp_path: Path) -> None:
     model = case.model(tmp_path)
@@ -175,13 +170,14 @@ def peaks(case: Case, micro_batches: int, folder: Path) -> tuple[int, int]:
     """Return the bytes that a step allocates beside the model and its adapter: (measured, estimated)."""
     model, batch, tokens = case.model(folder), case.batch(), case.rows * LONGEST // micro_batches
     optimizer = AdamW(model, 1e-4)
-    release()  # what an earlier test left in the pool is part of this one
+    release()  # what an earlier test left of scratch is part of this one
     tracemalloc.start()
     try:
-        for _ in range(2):  # the moments are made at the end of the first
-            tracemalloc.reset_peak()
-            train_step(model, optimizer, [batch], lr=1e-4, clip=1.0, micro_tokens=tokens)
-        measured = tracemalloc.get_traced_memory()[1]
+        with counted_memory():
+            for _ in range(2):  # the moments are made at the end of the first
+                tracemalloc.reset_peak()
+                train_step(model, optimizer, [batch], lr=1e-4, clip=1.0, micro_tokens=tokens)
+            measured = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     needed = memory(case.workload(model), tokens, longest=LONGEST, accumulates=micro_batches > 1)

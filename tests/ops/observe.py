@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from tests.harness.counted_memory import counted_memory
+
 
 def peak_bytes(run: Callable[[], Any]) -> int:
     """Return the most memory that `run` held at once, over what was there before; NumPy reports its own."""
     tracemalloc.start()
     try:
-        run()
+        with counted_memory():
+            run()
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
