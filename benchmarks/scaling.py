@@ -37,7 +37,7 @@ from lora.spec import adaptable_modules, read_spec
 # what a measured exponent may exceed the arithmetic's by: caches overflow as sizes grow; bytes do not vary
 SLACK = {"seconds": 0.3, "bytes": 0.1}
 ATTEMPTS = 3  # at a point that others disturb
-PROCESSES = 2  # a point: one in ten is a sixth slower as long as it runs, which would pass for growth
+PROCESSES = 2  # a point: some are a sixth slower as long as they run, which would pass for growth
 
 
 @dataclass(frozen=True)

@@ -50,14 +50,7 @@ def forward(
 ) -> tuple[tuple[Array, Array], Saved]:
     """Return ((y, window), Saved): y [N, D] in x's dtype, and the last J-1 rows [S, J-1, D] of each sequence.
 
-    Args:
-        x: [N, D] channels of every token.
-        weight: [D, 1, J] taps, the last one for the token itself, as torch's Conv1d stores them.
-        cu_seqlens: [S+1] integer boundaries of the sequences, from 0 to N.
-        window: [S, J-1, D] the rows before each sequence, or None for zeros.
-
-    Raises:
-        ShapeError: the arrays do not fit.
+    Arguments and errors as the reference's: `x` [N, D], `weight` [D, 1, J], `window` [S, J-1, D] or None.
     """
     check_shapes(x, weight, cu_seqlens, window)
     saved, taps, y = Saved(x, weight, cu_seqlens, window), _taps(x, weight), empty(x.shape, x.dtype)

@@ -108,20 +108,7 @@ def forward(
 ) -> tuple[tuple[Array, Array | None], Saved]:
     """Return ((o, state), Saved): o [N, H, W] in v's dtype, and the state [S, H, K, W] after each sequence.
 
-    Args:
-        q: [N, G, K] queries, of any length.
-        k: [N, G, K] keys, of any length.
-        v: [N, H, W] values; G divides H.
-        a: [N, H] what the decay depends on.
-        b: [N, H] what the strength β of the correction depends on.
-        A_log: [H] log of the rate of the decay, float32.
-        dt_bias: [H] added to a, float32.
-        cu_seqlens: [S+1] integer boundaries of the sequences, from 0 to N.
-        initial_state: [S, H, K, W] the state before each sequence, or None for zeros.
-        wants_state: return the state, for generation to go on from; else None in its place.
-
-    Raises:
-        ShapeError: the arrays do not fit.
+    Arguments and errors as the reference's: `q`, `k` [N, G, K], `v` [N, H, W], `a`, `b` [N, H].
     """
     saved = Saved(q, k, v, a, b, A_log, dt_bias, cu_seqlens, initial_state)
     check_shapes(saved)

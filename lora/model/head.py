@@ -19,7 +19,7 @@ Pooling = Literal["mean", "last"]
 ProblemType = Literal["single_label_classification", "multi_label_classification"]  # Transformers' names
 SINGLE_LABEL: ProblemType = "single_label_classification"
 MULTI_LABEL: ProblemType = "multi_label_classification"
-MOST_WORTH_CUTTING = 7 / 8  # of the tokens: gathering more rows than these costs what it saves
+MOST_WORTH_CUTTING = 7 / 8  # of the tokens: of more, too little would be left out to gather them for
 
 
 @dataclass(frozen=True)
